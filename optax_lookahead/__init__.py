@@ -1,0 +1,21 @@
+"""Lookahead (k steps forward, 1 step back) around any Optax optimizer.
+
+>>> import jax, jax.numpy as jnp, optax
+>>> from optax_lookahead import lookahead, slow_params
+>>> tx = lookahead(optax.adam(0.1), k=5, alpha=0.5)
+>>> params = {"w": jnp.array([2.0, -1.0])}
+>>> state = tx.init(params)
+>>> for _ in range(50):
+...     grads = jax.grad(lambda p: jnp.sum(p["w"] ** 2))(params)
+...     updates, state = tx.update(grads, state, params)
+...     params = optax.apply_updates(params, updates)
+>>> bool(jnp.sum(slow_params(state, params)["w"] ** 2) < 0.1)
+True
+"""
+
+import importlib.metadata
+
+from ._query import slow_params as slow_params
+from ._transform import LookaheadState as LookaheadState, lookahead as lookahead
+
+__version__ = importlib.metadata.version("optax-lookahead")

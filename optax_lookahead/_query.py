@@ -1,0 +1,87 @@
+"""Finding the slow weights in any nested optimizer state."""
+
+from typing import Any
+
+import jax
+import optax
+
+from ._transform import LookaheadState, phi_of_cycle
+from ._validation import check_leaf, check_unstacked, describe_path
+
+
+def slow_params(opt_state: optax.OptState, params: optax.Params) -> optax.Params:
+    """Returns the slow weights, the ones to evaluate and to save.
+
+    Within a cycle they are the state's; at the start of one, which is right after a
+    sync too, they are `params`::
+
+        phi = params if steps_since_sync == 0 else state.slow_params
+
+    The lookahead state may stand at any depth of tuples, lists, dicts and other
+    containers that JAX knows, as the wrappers of Optax make them. Of nested lookaheads
+    the outermost counts; several with disjoint parameters, as under
+    `optax.partition`, are merged.
+
+    Args:
+      opt_state: State of the optimizer, from its `init` or `update`.
+      params: The loop's parameters, which that state belongs to: a tree of arrays of
+        any shapes and dtypes.
+
+    Returns:
+      A tree like `params`. Parameters without a slow copy, as under `optax.masked`,
+      come back as they are.
+
+    Raises:
+      ValueError: If `opt_state` holds no lookahead state, if two of them have a slow
+        copy of the same parameter, or if `params` has another tree or other shapes.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax
+      >>> from optax_lookahead import lookahead, slow_params
+      >>> tx = optax.chain(optax.clip(1.0), lookahead(optax.sgd(0.5), k=2))
+      >>> params = {"w": jnp.array([4.0])}
+      >>> opt_state = tx.init(params)
+      >>> for _ in range(3):
+      ...     updates, opt_state = tx.update(params, opt_state, params)
+      ...     params = optax.apply_updates(params, updates)
+      ...     print(params["w"], slow_params(opt_state, params)["w"])
+      [3.5] [4.]
+      [3.5] [3.5]
+      [3.] [3.5]
+
+    References:
+      Zhang, Lucas, Hinton, Ba, `Lookahead Optimizer: k steps forward, 1 step back
+      <https://arxiv.org/abs/1907.08610>`_, 2019, Algorithm 1, which returns phi.
+    """
+    states = [
+        node
+        for node in jax.tree.leaves(opt_state, is_leaf=_is_lookahead_state)
+        if _is_lookahead_state(node)
+    ]
+    if not states:
+        raise ValueError(
+            "`opt_state` must hold the state of a lookahead, got a "
+            f"{type(opt_state).__name__} without one. Pass the state that the "
+            "optimizer's `init` or `update` returned."
+        )
+    # By path, since `optax.masked` leaves out leaves and whole branches.
+    leaves, treedef = jax.tree.flatten_with_path(params)
+    slow = dict(leaves)
+    seen = set()
+    for state in states:
+        check_unstacked(state.steps_since_sync)
+        start = state.steps_since_sync == 0
+        for path, phi in jax.tree.leaves_with_path(state.slow_params):
+            if path in seen:
+                raise ValueError(
+                    "`opt_state` must hold one slow copy of each parameter, got two "
+                    f"of {describe_path(path)}. Pass the sub-state that you want."
+                )
+            seen.add(path)
+            check_leaf(path, slow, phi)
+            slow[path] = phi_of_cycle(start, slow[path], phi)
+    return jax.tree.unflatten(treedef, [slow[path] for path, _ in leaves])
+
+
+def _is_lookahead_state(node: Any) -> bool:
+    return isinstance(node, LookaheadState)

@@ -1,0 +1,127 @@
+"""What the public functions refuse, and in which words."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+KeyPath = tuple[Any, ...]  # as `jax.tree.leaves_with_path` makes them
+
+
+def check_inner(inner: Any) -> None:
+    """Raises unless `inner` is an Optax gradient transformation."""
+    if isinstance(inner, optax.GradientTransformation):
+        return
+    if isinstance(inner, optax.MultiSteps):
+        remedy = "Write `inner.gradient_transformation()`."
+    else:
+        remedy = "Write for example `lookahead(optax.adam(1e-3))`."
+    raise TypeError(
+        f"`inner` must be an Optax gradient transformation, got {inner!r}. {remedy}"
+    )
+
+
+def check_k(k: Any) -> None:
+    """Raises unless `k` is a whole number of steps, as far as that is static."""
+    _check_scalar("k", k)
+    if isinstance(k, jax.Array):
+        return
+    value = _python_value(k)
+    message = (
+        f"`k` must be an integer of at least 1, got {value!r}. "
+        "Write the number of inner steps in a cycle, for example `k=5`."
+    )
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(message)
+    if value < 1:
+        raise ValueError(message)
+
+
+def check_alpha(alpha: Any) -> None:
+    """Raises unless `alpha` is a step size or a schedule, as far as that is static."""
+    _check_scalar("alpha", alpha)
+    if isinstance(alpha, jax.Array) or callable(alpha):
+        return
+    value = _python_value(alpha)
+    message = (
+        f"`alpha` must be a number in [0, 1] or a schedule, got {value!r}. "
+        "Write the slow step size, for example `alpha=0.5`."
+    )
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(message)
+    if not 0 <= value <= 1:  # NaN too
+        raise ValueError(message)
+
+
+def check_params(params: Any, slow_params: Any) -> None:
+    """Raises unless `params` has the tree and shapes of the state's slow weights."""
+    if params is None:
+        raise ValueError(
+            "`params` must be the current parameters, got None. "
+            "Call `update(grads, state, params)`, not `update(grads, state)`."
+        )
+    leaves, slow_leaves = jax.tree.leaves(params), jax.tree.leaves(slow_params)
+    got, expected = jax.tree.structure(params), jax.tree.structure(slow_params)
+    if got == expected and all(map(_same_shape, leaves, slow_leaves)):
+        return
+    # The first leaf that differs says more than two printed trees of a whole model.
+    by_path = dict(jax.tree.leaves_with_path(params))
+    for path, phi in jax.tree.leaves_with_path(slow_params):
+        check_leaf(path, by_path, phi)
+        del by_path[path]
+    for path, p in by_path.items():
+        raise _mismatch(f"shape {jnp.shape(p)} at {describe_path(path)}", "no leaf")
+    raise _mismatch(str(got), str(expected))
+
+
+def check_leaf(path: KeyPath, params: dict[KeyPath, Any], phi: Any) -> None:
+    """Raises unless the parameter at `path` is there, in the shape of `phi`."""
+    if path not in params:
+        got = "no leaf"
+    elif not _same_shape(params[path], phi):
+        got = f"shape {jnp.shape(params[path])}"
+    else:
+        return
+    raise _mismatch(f"{got} at {describe_path(path)}", f"shape {jnp.shape(phi)}")
+
+
+def check_unstacked(steps_since_sync: jax.typing.ArrayLike) -> None:
+    """Raises if the state is a stack of states: `where` would broadcast it wrongly."""
+    shape = jnp.shape(steps_since_sync)
+    if shape:
+        raise ValueError(
+            f"`steps_since_sync` must be a scalar, got shape {shape}: these are "
+            "several states in one. Call the function under `jax.vmap`."
+        )
+
+
+def _check_scalar(name: str, value: Any) -> None:
+    shape = getattr(value, "shape", ())
+    if shape:
+        raise ValueError(
+            f"`{name}` must be a scalar, got an array of shape {shape}. "
+            f"To try several values at once, `jax.vmap` over `{name}`."
+        )
+
+
+def _python_value(value: Any) -> Any:
+    # NumPy's scalars are as static as Python's, and its bool is no `bool`.
+    return value.item() if hasattr(value, "item") else value
+
+
+def describe_path(path: KeyPath) -> str:
+    """Returns the path of a leaf as a user would index it."""
+    return jax.tree_util.keystr(path) or "the root"
+
+
+def _same_shape(a: Any, b: Any) -> bool:
+    return jnp.shape(a) == jnp.shape(b)
+
+
+def _mismatch(got: str, expected: str) -> ValueError:
+    return ValueError(
+        "`params` must have the tree and the shapes that `init` saw, got "
+        f"{got}, where the state has {expected}. Pass the parameters that this state "
+        "belongs to, or start a new one with `init`."
+    )

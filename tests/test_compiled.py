@@ -1,0 +1,165 @@
+"""What does the compiled step cost over the inner optimizer's, whatever the clock says?
+
+Compiled figures don't depend on the machine's load, so they are tests. Times are in
+`benchmarks/step_cost.py`.
+"""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from optax_lookahead import lookahead, slow_params
+
+INNERS = {
+    "sgd": optax.sgd(0.1),
+    "momentum": optax.sgd(0.1, momentum=0.9),
+    "adam": optax.adam(0.1),
+}
+SIZE = 80_000
+# A few scalars: the counters and the flags.
+SCALARS = 1_000
+
+
+def initial_params():
+    return [jnp.full((SIZE,), float(i)) for i in range(4)]
+
+
+def train_step(tx):
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return jax.jit(step, donate_argnums=(0, 1))
+
+
+def compile_step(tx, params):
+    grads = initial_params()
+    return train_step(tx).lower(params, tx.init(params), grads).compile()
+
+
+@pytest.mark.parametrize("name", INNERS)
+def test_the_donated_step_needs_no_temporary_beyond_the_inner_optimizers(name):
+    params, inner = initial_params(), INNERS[name]
+    alone = compile_step(inner, params).memory_analysis()
+    ours = compile_step(lookahead(inner, 5, 0.5), params).memory_analysis()
+    extra = ours.temp_size_in_bytes - alone.temp_size_in_bytes
+    assert extra < SCALARS
+    # The measure can tell: the same step of `optax.lookahead` copies parameters.
+    pair, tx = optax.LookaheadParams.init_synced(params), optax.lookahead(inner, 5, 0.5)
+    upstream = compile_step(tx, pair).memory_analysis()
+    assert upstream.temp_size_in_bytes - alone.temp_size_in_bytes > 4 * SIZE
+
+
+@pytest.mark.parametrize("name", INNERS)
+def test_the_state_is_the_inner_one_plus_exactly_one_copy_of_the_parameters(name):
+    params, inner = initial_params(), INNERS[name]
+    alone = sum(x.nbytes for x in jax.tree.leaves(inner.init(params)))
+    ours = sum(x.nbytes for x in jax.tree.leaves(lookahead(inner).init(params)))
+    assert ours - alone == sum(p.nbytes for p in params) + 2 * 4
+
+
+@pytest.mark.parametrize("name", INNERS)
+def test_every_donated_buffer_is_written_in_place(name):
+    params, tx = initial_params(), lookahead(INNERS[name], 5, 0.5)
+    state = tx.init(params)
+    memory = compile_step(tx, params).memory_analysis()
+    donated = sum(x.nbytes for x in jax.tree.leaves((params, state)))
+    assert memory.alias_size_in_bytes == donated
+
+
+@pytest.mark.parametrize("name", INNERS)
+def test_parameters_and_state_can_be_donated_together_from_the_first_step(name):
+    params, tx = initial_params(), lookahead(INNERS[name], 2, 0.5)
+    step, state, grads = train_step(tx), tx.init(params), initial_params()
+    for _ in range(5):
+        old = jax.tree.leaves((params, state))
+        params, state = step(params, state, grads)
+        assert all(x.is_deleted() for x in old)
+    assert all(np.all(np.isfinite(p)) for p in params)
+
+
+def test_a_state_made_by_jit_beside_its_parameters_can_be_donated_with_them():
+    tx = lookahead(optax.adam(0.1), 2, 0.5)
+
+    @jax.jit
+    def create():
+        params = initial_params()
+        return params, tx.init(params)
+
+    params, state = create()
+    params, state = train_step(tx)(params, state, initial_params())
+    assert state.steps_since_sync == 1
+
+
+@pytest.mark.parametrize("name", INNERS)
+def test_all_steps_of_all_cycles_run_one_compiled_program(name):
+    traces, tx = [], lookahead(INNERS[name], 3, optax.linear_schedule(1.0, 0.5, 3))
+
+    @jax.jit
+    def step(params, state):
+        traces.append(params)
+        updates, state = tx.update(params, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params = {"w": jnp.ones(3), "b": jnp.ones(())}
+    state = tx.init(params)
+    for _ in range(10):
+        params, state = step(params, state)
+    assert state.sync_count == 3
+    assert len(traces) == 1
+
+
+def test_reading_the_slow_weights_compiles_once():
+    traces, tx = [], lookahead(optax.adam(0.1), 3)
+
+    @jax.jit
+    def read(state, params):
+        traces.append(params)
+        return slow_params(state, params)
+
+    params = {"w": jnp.ones(3)}
+    state = tx.init(params)
+    for _ in range(4):
+        updates, state = tx.update(params, state, params)
+        params = optax.apply_updates(params, updates)
+        read(state, params)
+    assert len(traces) == 1
+
+
+COLLECTIVE = re.compile(
+    r"\b(all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)"
+)
+
+
+@pytest.mark.parametrize("name", INNERS)
+def test_on_a_mesh_the_step_adds_no_collective_and_no_temporary(name):
+    mesh = Mesh(np.asarray(jax.devices()).reshape(4, 2), ("data", "model"))
+    sharding = NamedSharding(mesh, PartitionSpec(("data", "model")))
+    params = jax.device_put(initial_params(), sharding)
+    inner, tx = INNERS[name], lookahead(INNERS[name], 5, 0.5)
+    alone, ours = compile_step(inner, params), compile_step(tx, params)
+    assert len(mesh.devices.ravel()) == 8
+    assert COLLECTIVE.findall(ours.as_text()) == COLLECTIVE.findall(alone.as_text())
+    extra = (
+        ours.memory_analysis().temp_size_in_bytes
+        - alone.memory_analysis().temp_size_in_bytes
+    )
+    assert extra < SCALARS
+
+
+@pytest.mark.parametrize("name", INNERS)
+def test_slow_weights_have_the_sharding_of_their_parameters(name):
+    mesh = Mesh(np.asarray(jax.devices()), ("data",))
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    params = jax.device_put(initial_params(), sharding)
+    tx = lookahead(INNERS[name], 2, 0.5)
+    state, step = tx.init(params), train_step(tx)
+    for _ in range(3):
+        for slow in state.slow_params:
+            assert slow.sharding.is_equivalent_to(sharding, slow.ndim)
+        params, state = step(params, state, jax.device_put(initial_params(), sharding))

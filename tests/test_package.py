@@ -1,0 +1,41 @@
+"""Is the package what its metadata says, and built on public names alone?"""
+
+import importlib.metadata
+import pathlib
+import re
+
+import optax_lookahead
+
+ROOT = pathlib.Path(optax_lookahead.__file__).parent
+
+
+def test_the_public_names_are_these():
+    public = {name for name in vars(optax_lookahead) if not name.startswith("_")}
+    modules = {"importlib"}
+    assert public - modules == {"lookahead", "slow_params", "LookaheadState"}
+
+
+def test_only_public_modules_of_jax_and_optax_are_used():
+    sources = [path.read_text() for path in ROOT.glob("*.py")]
+    assert len(sources) > 1
+    assert not [source for source in sources if re.search(r"(jax|optax)\._src", source)]
+
+
+def test_only_jax_and_optax_are_needed_at_run_time():
+    needed = [
+        re.split(r"[<>=!~ ]", requirement)[0]
+        for requirement in importlib.metadata.requires("optax-lookahead") or []
+        if "extra ==" not in requirement
+    ]
+    assert sorted(needed) == ["jax", "optax"]
+
+
+def test_the_version_is_the_distributions():
+    version = importlib.metadata.version("optax-lookahead")
+    assert optax_lookahead.__version__ == version
+    changelog = (ROOT.parent / "CHANGELOG.md").read_text()
+    assert f"## {version}" in changelog
+
+
+def test_type_information_is_shipped():
+    assert (ROOT / "py.typed").exists()

@@ -1,0 +1,139 @@
+"""Does the transformation compute Algorithm 1?"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import reference
+from training import scanned, trajectory
+
+from optax_lookahead import lookahead, slow_params
+
+RNG = np.random.default_rng(0)
+CURVATURE = np.diag([0.2, 0.5, 1.0, 1.5, 2.0]) + 0.1
+NOISE = RNG.normal(size=(64, 5))
+START = RNG.normal(size=5)
+
+OPTIMIZERS = {
+    "sgd": (optax.sgd(0.1), reference.sgd(0.1)),
+    "momentum": (optax.sgd(0.05, momentum=0.9), reference.momentum(0.05, 0.9)),
+    "adam": (optax.adam(0.1), reference.adamw(0.1)),
+    "adamw": (
+        optax.adamw(0.1, weight_decay=0.01),
+        reference.adamw(0.1, weight_decay=0.01),
+    ),
+}
+
+
+def numpy_gradient(theta, step):
+    return CURVATURE @ theta + np.sin(theta) + NOISE[step]
+
+
+def to_tree(theta):
+    return {"w": theta[:4].reshape(2, 2), "b": theta[4]}
+
+
+def to_vector(tree):
+    return jnp.concatenate([tree["w"].ravel(), tree["b"].reshape(1)])
+
+
+def gradient(params, step):
+    theta = to_vector(params)
+    noise = jnp.asarray(NOISE)[step]
+    return to_tree(jnp.asarray(CURVATURE) @ theta + jnp.sin(theta) + noise)
+
+
+def assert_equals_reference(visited, inner, k, alpha):
+    cycles = len(visited) // k
+    expected = reference.lookahead(inner, numpy_gradient, START, k, alpha, cycles)
+    for (params, state), (theta, phi) in zip(visited, expected, strict=True):
+        np.testing.assert_allclose(to_vector(params), theta, rtol=1e-12, atol=1e-14)
+        for slow in (state.slow_params, slow_params(state, params)):
+            np.testing.assert_allclose(to_vector(slow), phi, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("alpha", [0.2, 0.5, 0.8, 1.0])
+@pytest.mark.parametrize("k", [1, 2, 5, 7])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_params_and_slow_weights_follow_algorithm_1_at_every_step(x64, name, k, alpha):
+    inner, inner_reference = OPTIMIZERS[name]
+    steps = -(-40 // k) * k
+    tx, params = lookahead(inner, k, alpha), to_tree(jnp.asarray(START))
+    visited = trajectory(tx, params, gradient, steps, jax.jit)
+    assert_equals_reference(visited, inner_reference, k, lambda t: alpha)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_eager_and_scanned_loops_follow_algorithm_1_too(x64, name):
+    inner, inner_reference = OPTIMIZERS[name]
+    tx, params = lookahead(inner, 5, 0.8), to_tree(jnp.asarray(START))
+    eager = trajectory(tx, params, gradient, 40)
+    assert_equals_reference(eager, inner_reference, 5, lambda t: 0.8)
+    stacked = scanned(tx, params, gradient, 40)
+    in_scan = [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(40)]
+    assert_equals_reference(in_scan, inner_reference, 5, lambda t: 0.8)
+
+
+def test_traced_k_and_alpha_give_every_pair_in_one_compile(x64):
+    inner, inner_reference = OPTIMIZERS["adam"]
+    traces = []
+
+    @jax.jit
+    @jax.vmap
+    def train(k, alpha):
+        traces.append(k)
+        tx = lookahead(inner, k, alpha)
+        return scanned(tx, to_tree(jnp.asarray(START)), gradient, 40)
+
+    pairs = [(1, 0.2), (2, 0.5), (5, 0.8), (8, 1.0)]
+    ks, alphas = zip(*pairs, strict=True)
+    runs = train(jnp.asarray(ks), jnp.asarray(alphas))
+    assert len(traces) == 1
+    for run, (k, alpha) in enumerate(pairs):
+        visited = [
+            jax.tree.map(lambda x, run=run, i=i: x[run, i], runs) for i in range(40)
+        ]
+        assert_equals_reference(visited, inner_reference, k, lambda t, a=alpha: a)
+
+
+def test_an_alpha_schedule_sees_the_number_of_completed_syncs(x64):
+    inner, inner_reference = OPTIMIZERS["momentum"]
+    # Numbers that float32, in which Optax computes schedules, holds exactly.
+    schedule = optax.linear_schedule(1.0, 0.25, transition_steps=4)
+    tx, params = lookahead(inner, 5, schedule), to_tree(jnp.asarray(START))
+    visited = trajectory(tx, params, gradient, 40, jax.jit)
+    assert_equals_reference(
+        visited, inner_reference, 5, lambda t: 1.0 - 0.75 * min(t, 4) / 4
+    )
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_it_agrees_with_optax_lookahead_where_that_works(x64, name):
+    inner, _ = OPTIMIZERS[name]
+    params = to_tree(jnp.asarray(START))
+    ours = trajectory(lookahead(inner, 3, 0.4), params, gradient, 30)
+    theirs = trajectory(
+        optax.lookahead(inner, sync_period=3, slow_step_size=0.4),
+        optax.LookaheadParams.init_synced(params),
+        lambda pair, step: gradient(pair.fast, step),
+        30,
+    )
+    for (params, state), (pair, _) in zip(ours, theirs, strict=True):
+        fast, slow = to_vector(pair.fast), to_vector(pair.slow)
+        np.testing.assert_allclose(to_vector(params), fast, rtol=1e-12)
+        np.testing.assert_allclose(to_vector(state.slow_params), slow, rtol=1e-12)
+
+
+def test_hand_worked_trajectory():
+    # The gradient is 1 and the learning rate 1. From 0, cycles of 3, alpha 1/2:
+    # 0 -> -1 -> -2 -> -3, half-way back to 0: -1.5 -> -2.5 -> -3.5 -> -4.5, half-way
+    # back to -1.5: -3.
+    visited = trajectory(
+        lookahead(optax.sgd(1.0), k=3, alpha=0.5),
+        jnp.array(0.0),
+        lambda params, step: jnp.ones_like(params),
+        6,
+    )
+    assert [float(p) for p, _ in visited] == [-1.0, -2.0, -1.5, -2.5, -3.5, -3.0]
+    assert [float(s.slow_params) for _, s in visited] == [0, 0, -1.5, -1.5, -1.5, -3]
