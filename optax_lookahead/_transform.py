@@ -177,7 +177,7 @@ def _lookahead_leaf(u, p, phi, start, sync, alpha):
     phi = phi_of_cycle(start, p, phi)
     if u is None:  # Equinox's way of saying that this parameter stays.
         return None, jnp.where(sync, jnp.asarray(p, phi.dtype), phi)
-    if jnp.issubdtype(jnp.result_type(u), jnp.inexact):
+    if jnp.issubdtype(phi.dtype, jnp.inexact):
         pull = p + u - phi
         pull = jnp.asarray(1 - alpha, pull.dtype) * pull
         # Not `phi + alpha * (p + u - phi) - p`: this form is exact at alpha = 1. And

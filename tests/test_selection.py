@@ -112,6 +112,14 @@ def test_integer_and_bool_parameters_take_the_inner_step_and_slow_follows():
     jax.tree.map(np.testing.assert_array_equal, state.slow_params, params)
 
 
+def test_an_integer_parameter_with_floating_updates_takes_the_inner_step():
+    tx, params = lookahead(optax.sgd(1.0), 2, 0.5), jnp.array([9, -9], jnp.int32)
+    visited = trajectory(tx, params, lambda params, step: jnp.full(2, 2.0), 4)
+    for steps, (params, _) in enumerate(visited, start=1):
+        np.testing.assert_array_equal(params, [9 - 2 * steps, -9 - 2 * steps])
+    np.testing.assert_array_equal(visited[-1][1].slow_params, visited[-1][0])
+
+
 def test_random_keys_and_parameters_without_an_update_survive():
     params = {"key": jax.random.key(3), "w": jnp.array([1.0])}
     tx = lookahead(optax.sgd(0.1), 2, 0.5)
