@@ -26,7 +26,8 @@ SCALARS = 1_000
 
 
 def initial_params():
-    return [jnp.full((SIZE,), float(i)) for i in range(4)]
+    # With a dtype: a weakly typed parameter is converted, and so copied, in any case.
+    return [jnp.full((SIZE,), i, jnp.float32) for i in range(4)]
 
 
 def train_step(tx):
