@@ -130,8 +130,10 @@ def test_alpha_one_is_the_inner_optimizer_to_rounding_under_jit(x64, name):
     )
 
 
-@pytest.mark.parametrize("k", [3, jnp.asarray(3)], ids=["python", "array"])
-@pytest.mark.parametrize("alpha", [0.5, jnp.asarray(0.5)], ids=["python", "array"])
+@pytest.mark.parametrize("k", [3, jnp.asarray(3, jnp.int32)], ids=["python", "array"])
+@pytest.mark.parametrize(
+    "alpha", [0.5, jnp.asarray(0.5, jnp.float32)], ids=["python", "array"]
+)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "complex64"])
 def test_nothing_is_promoted_silently(dtype, alpha, k):
     tx = lookahead(optax.sgd(0.05, momentum=0.9), k, alpha)
