@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import optax
+from jax.flatten_util import ravel_pytree
 
 from ._transform import LookaheadState, phi_of_cycle
 from ._validation import check_leaf, check_unstacked, describe_path
@@ -20,7 +21,7 @@ def slow_params(opt_state: optax.OptState, params: optax.Params) -> optax.Params
     The lookahead state may stand at any depth of tuples, lists, dicts and other
     containers that JAX knows, as the wrappers of Optax make them. Of nested lookaheads
     the outermost counts; several with disjoint parameters, as under
-    `optax.partition`, are merged.
+    `optax.partition`, are merged; the one vector of `optax.flatten` is taken apart.
 
     Args:
       opt_state: State of the optimizer, from its `init` or `update`.
@@ -71,7 +72,7 @@ def slow_params(opt_state: optax.OptState, params: optax.Params) -> optax.Params
     for state in states:
         check_unstacked(state.steps_since_sync)
         start = state.steps_since_sync == 0
-        for path, phi in jax.tree.leaves_with_path(state.slow_params):
+        for path, phi in jax.tree.leaves_with_path(_like(params, state.slow_params)):
             if path in seen:
                 raise ValueError(
                     "`opt_state` must hold one slow copy of each parameter, got two "
@@ -81,6 +82,14 @@ def slow_params(opt_state: optax.OptState, params: optax.Params) -> optax.Params
             check_leaf(path, slow, phi)
             slow[path] = phi_of_cycle(start, slow[path], phi)
     return jax.tree.unflatten(treedef, [slow[path] for path, _ in leaves])
+
+
+def _like(params: optax.Params, slow: optax.Params) -> optax.Params:
+    """Returns `slow` as a tree if `optax.flatten` made one vector of `params`."""
+    if not isinstance(slow, jax.Array) or isinstance(params, jax.Array):
+        return slow
+    vector, unravel = ravel_pytree(params)
+    return unravel(slow) if slow.shape == vector.shape else slow
 
 
 def _is_lookahead_state(node: Any) -> bool:

@@ -130,7 +130,11 @@ def test_alpha_one_is_the_inner_optimizer_to_rounding_under_jit(x64, name):
     )
 
 
-@pytest.mark.parametrize("k", [3, jnp.asarray(3, jnp.int32)], ids=["python", "array"])
+@pytest.mark.parametrize(
+    "k",
+    [3, jnp.asarray(3, jnp.int32), jnp.asarray(3, jnp.float32)],
+    ids=["python", "int array", "float array"],
+)
 @pytest.mark.parametrize(
     "alpha", [0.5, jnp.asarray(0.5, jnp.float32)], ids=["python", "array"]
 )

@@ -134,3 +134,11 @@ def test_random_keys_and_parameters_without_an_update_survive():
         assert jnp.array_equal(
             jax.random.key_data(slow["key"]), jax.random.key_data(params["key"])
         )
+
+
+def test_a_parameter_that_only_the_loop_changes_is_its_own_slow_weight_after_a_sync():
+    tx, params = lookahead(optax.sgd(0.1), 2, 0.5), {"frozen": jnp.array([1.0])}
+    state = tx.init(params)
+    _, state = tx.update({"frozen": None}, state, params)
+    _, state = tx.update({"frozen": None}, state, {"frozen": jnp.array([5.0])})
+    np.testing.assert_array_equal(state.slow_params["frozen"], [5.0])

@@ -34,3 +34,22 @@ def scanned(tx, params, gradient, steps):
         return carry, carry
 
     return jax.lax.scan(train_step, (params, tx.init(params)), jnp.arange(steps))[1]
+
+
+def two_loops(inner, params, gradient, k, alpha, steps):
+    """Returns fast and slow weights after every step of Algorithm 1, as it is written.
+
+    For inner optimizers that NumPy has no transcription of: two nested loops around
+    any Optax transformation, which never sees a lookahead.
+    """
+    slow, state, visited = params, inner.init(params), []
+    while len(visited) < steps:
+        fast = slow
+        for _ in range(k):
+            grads = gradient(fast, jnp.asarray(len(visited)))
+            updates, state = inner.update(grads, state, fast)
+            fast = optax.apply_updates(fast, updates)
+            visited.append((fast, slow))
+        slow = jax.tree.map(lambda phi, th: phi + alpha * (th - phi), slow, fast)
+        visited[-1] = (slow, slow)
+    return visited[:steps]
