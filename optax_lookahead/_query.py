@@ -70,8 +70,11 @@ def slow_params(opt_state: optax.OptState, params: optax.Params) -> optax.Params
     slow = dict(leaves)
     seen = set()
     for state in states:
-        check_unstacked(state.steps_since_sync)
-        start = state.steps_since_sync == 0
+        # By its leaf, since `nnx.Optimizer` wraps it in a variable, for which `== 0`
+        # asks whether the variable is the object 0.
+        (steps_since_sync,) = jax.tree.leaves(state.steps_since_sync)
+        check_unstacked(steps_since_sync)
+        start = steps_since_sync == 0
         for path, phi in jax.tree.leaves_with_path(_like(params, state.slow_params)):
             if path in seen:
                 raise ValueError(
