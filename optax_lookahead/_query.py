@@ -33,8 +33,9 @@ def slow_params(opt_state: optax.OptState, params: optax.Params) -> optax.Params
       come back as they are.
 
     Raises:
-      ValueError: If `opt_state` holds no lookahead state, if two of them have a slow
-        copy of the same parameter, or if `params` has another tree or other shapes.
+      ValueError: If `opt_state` holds no lookahead state or none with a slow copy, if
+        two of them have a slow copy of the same parameter, or if `params` has another
+        tree or other shapes.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -84,6 +85,11 @@ def slow_params(opt_state: optax.OptState, params: optax.Params) -> optax.Params
             seen.add(path)
             check_leaf(path, slow, phi)
             slow[path] = phi_of_cycle(start, slow[path], phi)
+    if leaves and not seen:
+        raise ValueError(
+            "`opt_state` must hold a slow copy of at least one parameter, got a "
+            "lookahead state without any. Check the mask or the labels around it."
+        )
     return jax.tree.unflatten(treedef, [slow[path] for path, _ in leaves])
 
 

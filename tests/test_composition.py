@@ -129,12 +129,6 @@ def test_around_masked_every_leaf_has_slow_weights(run):
     assert_visits(run(lookahead(inner, 3, 0.5)), expected)
 
 
-def test_a_mask_that_hides_everything_leaves_parameters_without_a_slow_copy(run):
-    visited = run(optax.masked(lookahead(optax.adam(0.1), 3), False))
-    plain = trajectory(optax.identity(), PARAMS, gradient, STEPS)
-    assert_visits(visited, [(params, params) for params, _ in plain])
-
-
 def test_two_lookaheads_of_different_periods_in_partition(run):
     transforms = {
         "adam": lookahead(optax.adam(0.1), 2, 0.8),

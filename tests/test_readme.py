@@ -6,10 +6,13 @@ Its `pycon` block is a doctest, which pytest runs by itself.
 import pathlib
 import re
 
+import equinox as eqx
+import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
@@ -26,15 +29,57 @@ def test_the_first_block_makes_an_optimizer():
     assert isinstance(namespace["tx"], optax.GradientTransformationExtraArgs)
 
 
-def test_the_complete_example_trains(capsys):
-    exec(BLOCKS[1], {})
+def test_the_complete_example_trains_and_its_weights_can_be_saved(
+    capsys, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    namespace = {}
+    exec(BLOCKS[1], namespace)
     printed = capsys.readouterr().out
     loss = re.fullmatch(r"training loss at the slow weights: (\d\.\d{3})\n", printed)
     assert float(loss[1]) < 0.3
+    exec(BLOCKS[2], namespace)
+    accuracy = re.fullmatch(r"accuracy (\d\.\d\d)\n", capsys.readouterr().out)
+    assert float(accuracy[1]) > 0.95
+    saved = (tmp_path / "weights.msgpack").read_bytes()
+    slow = flax.serialization.from_bytes(namespace["params"], saved)
+    jax.tree.map(np.testing.assert_array_equal, slow, namespace["slow"])
+
+
+def recipe_of_nnx(folder, namespace):
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(folder / "slow", namespace["slow"])
+
+
+def recipe_of_equinox(folder, namespace):
+    saved = eqx.tree_deserialise_leaves(folder / "slow.eqx", namespace["model"])
+    return eqx.filter(saved, eqx.is_inexact_array)
+
+
+@pytest.mark.parametrize(
+    ("block", "load"), [(3, recipe_of_nnx), (4, recipe_of_equinox)]
+)
+def test_recipe(block, load, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace = {}
+    exec(BLOCKS[block], namespace)
+    printed = capsys.readouterr().out
+    fast, slow = re.fullmatch(r"fast (\d\.\d+), slow (\d\.\d+)\n", printed).groups()
+    assert float(fast) < 0.2
+    assert float(slow) < 0.2
+    assert fast != slow
+    loaded = jax.tree.leaves(load(tmp_path, namespace))
+    model = namespace["slow_model"]
+    if isinstance(model, nnx.Module):
+        model = nnx.state(model, nnx.Param)
+    expected = jax.tree.leaves(eqx.filter(model, eqx.is_inexact_array))
+    assert len(expected) == 4
+    for a, b in zip(loaded, expected, strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_no_other_python_block_stands_untested():
-    assert len(BLOCKS) == 2
+    assert len(BLOCKS) == 5
 
 
 @pytest.mark.parametrize("extra", ["examples", "test"])

@@ -141,6 +141,16 @@ def test_slow_params_of_a_state_without_a_lookahead():
         slow_params(optax.adam(0.1).init(PARAMS), PARAMS)
 
 
+def test_slow_params_behind_a_mask_that_hides_everything():
+    state = optax.masked(TX, False).init(PARAMS)
+    message = (
+        "`opt_state` must hold a slow copy of at least one parameter, got a lookahead "
+        "state without any. Check the mask or the labels around it."
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        slow_params(state, PARAMS)
+
+
 def test_slow_params_of_two_lookaheads_that_claim_the_same_parameter():
     state = optax.chain(TX, TX).init(PARAMS)
     message = (
