@@ -7,17 +7,27 @@ import sys
 
 import pytest
 
-DIGITS = pathlib.Path(__file__).parent.parent / "examples" / "digits.py"
+EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
+TINY = ("--seeds", 1, "--width", 8, "--depth", 1, "--context", 8, "--batch", 2)
 
 
-def run(*arguments):
-    command = [sys.executable, str(DIGITS), *map(str, arguments)]
+def run(example, *arguments):
+    command = [sys.executable, str(EXAMPLES / example), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def check_one_line_of_error(result, message):
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.count("\n") == 1
+    assert message in result.stderr
 
 
 def test_digits_prints_a_row_per_setting_and_draws_a_picture(tmp_path):
     picture = tmp_path / "digits.png"
-    result = run("--steps", 12, "--seeds", 1, "--k", 3, "--out", picture)
+    result = run(
+        "digits.py", *("--steps", 12, "--seeds", 1, "--k", 3, "--out", picture)
+    )
     assert result.returncode == 0, result.stderr
     rows = re.findall(
         r"^(SGD|Adam) .* (alone|lookahead) .* \d+\.\d ", result.stdout, re.M
@@ -42,8 +52,51 @@ def test_digits_prints_a_row_per_setting_and_draws_a_picture(tmp_path):
     ],
 )
 def test_digits_answers_a_bad_option_with_one_line(arguments, message):
-    result = run(*arguments)
-    assert result.returncode == 2
-    assert result.stdout == ""
-    assert result.stderr.count("\n") == 1
-    assert message in result.stderr
+    check_one_line_of_error(run("digits.py", *arguments), message)
+
+
+def test_nnx_language_model_prints_a_row_per_setting_and_draws_a_picture(tmp_path):
+    picture = tmp_path / "model.png"
+    settings = ("--steps", 7, "--k", 3, "--rates", 0.1, 0.01, "--decay")
+    result = run("nnx_language_model.py", *TINY, *settings, "--out", picture)
+    assert result.returncode == 0, result.stderr
+    loss = r" +(\d\.\d{3}) ± 0\.000"
+    alone = re.findall(rf"^alone +([\d.]+){loss} +-{loss}", result.stdout, re.M)
+    wrapped = re.findall(
+        rf"^lookahead +([\d.]+){loss}{loss}{loss}", result.stdout, re.M
+    )
+    assert [row[0] for row in alone] == ["0.01", "0.1"]
+    assert [row[0] for row in wrapped] == ["0.01", "0.1"]
+    assert wrapped[1][1] != wrapped[1][2], "fast and slow differ before a sync"
+    assert "rate, seed 0, write:\n\n    A function is " in result.stdout
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "28/28" in result.stderr, "the progress bar counts every update"
+
+
+def test_nnx_language_model_with_alpha_1_measures_the_inner_optimizer(tmp_path):
+    settings = ("--steps", 6, "--k", 2, "--alpha", 1, "--rates", 0.1)
+    result = run(
+        "nnx_language_model.py", *TINY, *settings, "--out", tmp_path / "model.png"
+    )
+    assert result.returncode == 0, result.stderr
+    assert "lookahead minus alone, seed by seed: +0.000 ± 0.000" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--k", "0"], "`k` must be an integer of at least 1, got 0"),
+        (["--alpha", "2"], "`alpha` must be a number in [0, 1]"),
+        (["--steps", "3"], "--steps must be at least k = 5, got 3."),
+        (["--batch", "0"], "--batch must be at least 1, got 0."),
+        (["--rates", "0.1", "0"], "--rates must be positive and finite, got 0.1, 0."),
+        (["--width", "30"], "--width must be a multiple of 4 heads, got 30."),
+        (["--context", "10000000"], "--context must be less than the "),
+        (["--out", "model.jpg"], "--out must be a .png in an existing folder"),
+        (["--out", "missing/model.png"], "--out must be a .png in an existing folder"),
+        (["--depth", "two"], "argument --depth: invalid int value: 'two'"),
+        (["--kk", "5"], "unrecognized arguments: --kk 5"),
+    ],
+)
+def test_nnx_language_model_answers_a_bad_option_with_one_line(arguments, message):
+    check_one_line_of_error(run("nnx_language_model.py", *arguments), message)
