@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import optax
 from jax.flatten_util import ravel_pytree
+from jax.tree_util import all_leaves
 
 from ._transform import LookaheadState, phi_of_cycle
 from ._validation import check_leaf, check_unstacked, describe_path
@@ -93,9 +94,9 @@ def slow_params(opt_state: optax.OptState, params: optax.Params) -> optax.Params
     return jax.tree.unflatten(treedef, [slow[path] for path, _ in leaves])
 
 
-def _like(params: optax.Params, slow: optax.Params) -> optax.Params:
+def _like(params: Any, slow: Any) -> Any:
     """Returns `slow` as a tree if `optax.flatten` made one vector of `params`."""
-    if not isinstance(slow, jax.Array) or isinstance(params, jax.Array):
+    if not all_leaves([slow]) or all_leaves([params]):
         return slow
     vector, unravel = ravel_pytree(params)
     return unravel(slow) if slow.shape == vector.shape else slow

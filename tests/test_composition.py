@@ -255,6 +255,13 @@ def test_inside_flatten(run):
     assert_visits(visited, expected)
 
 
+def test_a_flattened_state_that_a_checkpoint_gave_back_as_numpy_is_read_too():
+    tx = optax.flatten(lookahead(optax.adam(0.1), 3, 0.5))
+    params, state = trajectory(tx, PARAMS, gradient, 4)[-1]
+    restored = jax.tree.map(np.asarray, state)
+    assert_close(slow_params(restored, params), slow_params(state, params))
+
+
 def test_around_flatten(run):
     inner = optax.flatten(optax.adam(0.1))
     expected = two_loops(optax.adam(0.1), PARAMS, gradient, 3, 0.5, STEPS)
