@@ -89,8 +89,16 @@ def exported():
 
 EXPORTED = exported()
 NAMES = sorted((EXPORTED.keys() - EXCLUDED.keys()) | OTHERS.keys())
-EAGER = ["adam", "lion", "momo", "noisy_sgd", "polyak_sgd", "schedule_free_sgd", "sgd"]
-SCANNED = [*EAGER, "apply_if_finite", "lbfgs", "muon", "prodigy", "sophia"]
+SCANNED = [
+    "adam",
+    "lion",
+    "momo",
+    "noisy_sgd",
+    "polyak_sgd",
+    "schedule_free_sgd",
+    "sgd",
+]
+SCANNED += ["apply_if_finite", "lbfgs", "muon", "prodigy", "sophia"]
 every_optimizer = pytest.mark.parametrize("name", NAMES)
 
 
@@ -300,7 +308,7 @@ def test_one_scan_gives_the_weights_of_the_loop(name):
         assert_close(jax.tree.map(lambda x, i=step: x[i], stacked), (params, slow))
 
 
-@pytest.mark.parametrize("name", EAGER)
+@every_optimizer
 def test_eager_steps_follow_algorithm_1_too(name):
     ours, _ = lookahead_loop(name, lambda step: step)
     by_hand = algorithm_1(name, lambda step: step)
