@@ -16,6 +16,7 @@ True
 import importlib.metadata
 
 from ._query import slow_params as slow_params
-from ._transform import LookaheadState as LookaheadState, lookahead as lookahead
+from ._state import LookaheadState as LookaheadState
+from ._transform import lookahead as lookahead, outer_loop as outer_loop
 
 __version__ = importlib.metadata.version("optax-lookahead")

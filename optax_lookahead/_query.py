@@ -3,15 +3,19 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 from jax.tree_util import all_leaves
 
-from ._transform import LookaheadState, phi_of_cycle
+from ._state import LookaheadState, copy
+from ._transform import phi_of_cycle
 from ._validation import check_leaf, check_unstacked, describe_path
 
 
-def slow_params(opt_state: optax.OptState, params: optax.Params) -> optax.Params:
+def slow_params(
+    opt_state: optax.OptState, params: optax.Params, *, wide: bool = False
+) -> optax.Params:
     """Returns the slow weights, the ones to evaluate and to save.
 
     Within a cycle they are the state's; at the start of one, which is right after a
@@ -28,10 +32,12 @@ def slow_params(opt_state: optax.OptState, params: optax.Params) -> optax.Params
       opt_state: State of the optimizer, from its `init` or `update`.
       params: The loop's parameters, which that state belongs to: a tree of arrays of
         any shapes and dtypes.
+      wide: Whether to return the slow copy in its own dtype, with the bits that a
+        `slow_dtype` keeps, rather than in that of the parameters.
 
     Returns:
-      A tree like `params`. Parameters without a slow copy, as under `optax.masked`,
-      come back as they are.
+      A tree like `params`, but for the dtypes if `wide`. Parameters without a slow
+      copy, as under `optax.masked`, come back as they are.
 
     Raises:
       ValueError: If `opt_state` holds no lookahead state or none with a slow copy, if
@@ -85,7 +91,11 @@ def slow_params(opt_state: optax.OptState, params: optax.Params) -> optax.Params
                 )
             seen.add(path)
             check_leaf(path, slow, phi)
-            slow[path] = phi_of_cycle(start, slow[path], phi)
+            p = slow[path]
+            if wide:
+                slow[path] = phi_of_cycle(start, p, phi)
+            else:
+                slow[path] = jnp.where(start, p, jnp.asarray(phi, jnp.result_type(p)))
     if leaves and not seen:
         raise ValueError(
             "`opt_state` must hold a slow copy of at least one parameter, got a "
@@ -98,7 +108,7 @@ def _like(params: Any, slow: Any) -> Any:
     """Returns `slow` as a tree if `optax.flatten` made one vector of `params`."""
     if not all_leaves([slow]) or all_leaves([params]):
         return slow
-    vector, unravel = ravel_pytree(params)
+    vector, unravel = ravel_pytree(jax.tree.map(lambda p: copy(p, slow.dtype), params))
     return unravel(slow) if slow.shape == vector.shape else slow
 
 

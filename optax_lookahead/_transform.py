@@ -1,44 +1,45 @@
-"""The state and the update: when to sync, and what a sync does."""
+"""The update: when to sync, and what a sync does."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from . import _inner_state
+from ._outer_step import step_if
+from ._state import LookaheadState, copy, is_wider, select
 from ._validation import (
     check_alpha,
-    check_inner,
+    check_inner_state,
     check_k,
+    check_outer_updates,
     check_params,
+    check_reserved,
+    check_slow_dtype,
+    check_transformation,
     check_unstacked,
+    check_wide,
 )
 
 
-class LookaheadState(NamedTuple):
-    """State of the transformation that `lookahead` returns.
+class FastSide(NamedTuple):
+    """What an outer optimizer is told, as `fast`, about the end of a cycle."""
 
-    The names of this type and of its fields are the checkpoint format.
-
-    Attributes:
-      fast_state: State of the inner optimizer.
-      slow_params: The slow weights phi, with the tree, shapes, dtypes and shardings
-        of the parameters. Read them with `optax_lookahead.slow_params`, which knows
-        that at the start of a cycle the parameters themselves are the slow weights.
-      steps_since_sync: Inner steps taken in this cycle, in `[0, k)`.
-      sync_count: Completed cycles, saturating. A schedule for alpha sees this.
-    """
-
-    fast_state: optax.OptState
-    slow_params: optax.Params
-    steps_since_sync: jax.typing.ArrayLike  # shape=(), dtype=int32
-    sync_count: jax.typing.ArrayLike  # shape=(), dtype=int32
+    grads: optax.Updates  # what the last inner step was given,
+    updates: optax.Updates  # what it returned,
+    state: optax.OptState  # and its state after that
+    sync: jax.typing.ArrayLike  # whether the outer step counts; shape=(), dtype=bool
 
 
 def lookahead(
     inner: optax.GradientTransformation,
     k: jax.typing.ArrayLike = 5,
     alpha: optax.ScalarOrSchedule = 0.5,
+    *,
+    inner_state: str = "keep",
+    slow_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Lookahead around any optimizer: k steps forward, one step back.
 
@@ -62,6 +63,25 @@ def lookahead(
       alpha: Slow step size in [0, 1], without unit. Also a float scalar array or
         tracer, whose value is not checked, or a schedule: a function from the number
         of completed syncs (int32 scalar) to the step size.
+      inner_state: What a sync does to the inner optimizer's state.
+
+        - `"keep"`: nothing.
+        - `"reset"`: it becomes what `inner.init` gives at the new parameters, also
+          where it was NaN. What counts training time stays: the places of schedules
+          for learning rate and weight decay, of `optax.inject_hyperparams` with its
+          hyperparameters, of `optax.contrib.reduce_on_plateau`, of conditions on the
+          step and of the annealing in `optax.add_noise`. A count that corrects the
+          bias of moments starts again with them, and with it a schedule that an
+          optimizer reads off that count (`optax.contrib.prodigy` does, and `momo`).
+        - `"interpolate"`: its floating leaves that are like the parameters, such as
+          moments, move to `old + alpha * (now - old)`, with their value at the last
+          sync as `old`; the others stay. The state then holds a copy of them. A
+          moment that is NaN stays NaN, as under `"keep"`.
+      slow_dtype: Floating dtype of the slow weights, at least as wide as those of the
+        parameters, which it replaces in floating leaves. With bfloat16 parameters and
+        `slow_dtype="float32"` the slow weights keep the bits that small steps need: a
+        cycle starts from the slow weight unless the parameter is further from it than
+        one rounding, which means that somebody changed it.
 
     Returns:
       A `GradientTransformationExtraArgs` whose state is a `LookaheadState`. Its
@@ -71,11 +91,13 @@ def lookahead(
       follows at the sync.
 
     Raises:
-      TypeError: If `inner` is no gradient transformation, a static `k` no integer, or
-        a static `alpha` no real number.
-      ValueError: If a static `k` is below 1, a static `alpha` is outside [0, 1], or
-        either is an array that is not a scalar. `update` raises it without `params`,
-        or with `params` that are unlike those that `init` saw.
+      TypeError: If `inner` is no gradient transformation, a static `k` no integer,
+        a static `alpha` no real number, or `slow_dtype` no floating dtype.
+      ValueError: If a static `k` is below 1, a static `alpha` is outside [0, 1],
+        either is an array that is not a scalar, or `inner_state` is none of the
+        three. `init` raises it if `slow_dtype` is narrower than a parameter, or if
+        the state of `inner` cannot be interpolated; `update` without `params`, or
+        with `params` that are unlike those that `init` saw.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
@@ -97,50 +119,193 @@ def lookahead(
       Zhang, Lucas, Hinton, Ba, `Lookahead Optimizer: k steps forward, 1 step back
       <https://arxiv.org/abs/1907.08610>`_, 2019, Algorithm 1.
     """
-    check_inner(inner)
-    check_k(k)
     check_alpha(alpha)
+    return _cycles(inner, None, k, alpha, inner_state, slow_dtype)
+
+
+def outer_loop(
+    inner: optax.GradientTransformation,
+    outer: optax.GradientTransformation,
+    k: jax.typing.ArrayLike,
+    *,
+    inner_state: str = "keep",
+    slow_dtype: jax.typing.DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Lets an outer optimizer take a step after every k steps of an inner one.
+
+    It is given the way that the inner optimizer went, with the sign of a gradient, and
+    the slow weights as its parameters::
+
+        theta_{t,0} = phi_{t-1}
+        theta_{t,i} = theta_{t,i-1} + inner(...)                    i = 1, ..., k
+        phi_t       = phi_{t-1} + outer(phi_{t-1} - theta_{t,k})
+
+    With `optax.sgd(alpha)` as `outer` this is `lookahead(inner, k, alpha)`, to
+    rounding; with Nesterov momentum it is SNOO, and DiLoCo and MuLoCo with one worker;
+    with heavy-ball momentum SlowMo, at a constant learning rate and with one worker.
+    In all else, `outer_loop` is as `lookahead`.
+
+    Args:
+      inner: The optimizer that takes the fast steps. Extra arguments of `update` are
+        forwarded to it.
+      outer: The optimizer that takes the slow steps. Its state moves at syncs only, so
+        a schedule inside it counts syncs. It sees the floating and complex leaves of
+        the parameters, the others as `optax.MaskedNode`. Extra arguments of `update`
+        are forwarded to it, and one is added: `fast`, a tuple with the fields `grads`
+        and `updates` (of the inner step that ends the cycle), `state` (of `inner`
+        after it) and `sync` (whether the outer step counts; on other steps its
+        result is dropped).
+      k: As in `lookahead`.
+      inner_state: `"keep"` or `"reset"`, as in `lookahead`. There is no
+        `"interpolate"`, as an outer optimizer has no fraction to move by.
+      slow_dtype: As in `lookahead`. The outer state has this dtype too.
+
+    Returns:
+      A `GradientTransformationExtraArgs` as of `lookahead`, whose state holds the
+      outer optimizer's in `outer_state`.
+
+    Raises:
+      TypeError: As `lookahead`, and if `outer` is no gradient transformation.
+      ValueError: As `lookahead`, and if `inner_state` is `"interpolate"`. `update`
+        raises it if `outer` returns another tree than it was given, or if an extra
+        argument is named `fast`.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from optax_lookahead import outer_loop
+      >>> loss = lambda w: jnp.sum((w - 3.0) ** 2)
+      >>> nesterov = optax.sgd(0.7, momentum=0.5, nesterov=True)
+      >>> tx = outer_loop(optax.sgd(0.05), nesterov, k=5)
+      >>> w = jnp.array([0.0, 1.0])
+      >>> state = tx.init(w)
+      >>> for step in range(1, 16):
+      ...     updates, state = tx.update(jax.grad(loss)(w), state, w)
+      ...     w = optax.apply_updates(w, updates)
+      ...     if step % 5 == 0:
+      ...         print(f"{step:2d} {loss(w):.4f}")
+       5 4.2239
+      10 0.8338
+      15 0.0595
+
+    References:
+      Kallusky, Rao, Nandavanam, Shi, `SNOO: Step-K Nesterov Outer Optimizer
+      <https://arxiv.org/abs/2510.15830>`_, 2025. Douillard et al., `DiLoCo
+      <https://arxiv.org/abs/2311.08105>`_, 2023, Algorithm 1. Thérien et al., `MuLoCo
+      <https://arxiv.org/abs/2505.23725>`_, 2025. Wang, Tantia, Ballas, Rabbat, `SlowMo
+      <https://arxiv.org/abs/1910.00643>`_, 2019, Algorithm 1.
+    """
+    check_transformation("outer", outer)
+    return _cycles(inner, outer, k, None, inner_state, slow_dtype)
+
+
+def _cycles(
+    inner: optax.GradientTransformation,
+    outer: optax.GradientTransformation | None,
+    k: jax.typing.ArrayLike,
+    alpha: Any,
+    inner_state: str,
+    slow_dtype: jax.typing.DTypeLike | None,
+) -> optax.GradientTransformationExtraArgs:
+    """Returns the transformation; without an outer optimizer, alpha is its step."""
+    check_transformation("inner", inner)
+    check_k(k)
+    check_inner_state(inner_state, outer)
+    slow_dtype = check_slow_dtype(slow_dtype)
     inner = optax.with_extra_args_support(inner)
+    outer = outer and optax.with_extra_args_support(outer)
 
     def init_fn(params: optax.Params) -> LookaheadState:
-        return LookaheadState(
+        check_wide(slow_dtype, params)
+        slow_params = jax.tree.map(lambda p: copy(p, slow_dtype), params)
+        state = LookaheadState(
             fast_state=inner.init(params),
-            slow_params=jax.tree.map(_copy, params),
+            slow_params=slow_params,
             steps_since_sync=jnp.zeros([], jnp.int32),
             sync_count=jnp.zeros([], jnp.int32),
         )
+        if outer is not None:
+            state = state._replace(outer_state=outer.init(_hide_discrete(slow_params)))
+        if inner_state == "interpolate":
+            anchor = _inner_state.anchor_of(inner, state.fast_state)
+            state = state._replace(anchor=anchor)
+        return state
 
     def update_fn(
         updates: optax.Updates,
         state: LookaheadState,
-        params: optax.Params | None = None,
+        params: Any = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, LookaheadState]:
         check_params(params, state.slow_params)
         check_unstacked(state.steps_since_sync)
 
+        grads = updates
         updates, fast_state = inner.update(
-            updates, state.fast_state, params, **extra_args
+            grads, state.fast_state, params, **extra_args
         )
         start = state.steps_since_sync == 0
         steps = state.steps_since_sync + 1
         # Not `==`: a k lowered in mid-cycle must still sync.
         sync = steps >= jnp.asarray(k, jnp.int32)
-        step_size = alpha(state.sync_count) if callable(alpha) else alpha
 
-        leaves, treedef = jax.tree.flatten(params)
-        pairs = [
-            _lookahead_leaf(u, p, phi, start, sync, step_size)
-            for u, p, phi in zip(
-                # Up to the leaves of `params`, since an update may be None.
-                treedef.flatten_up_to(updates),
-                leaves,
+        ps, treedef = jax.tree.flatten(params)
+        # Up to the leaves of `params`, since an update may be None.
+        us = treedef.flatten_up_to(updates)
+        phis = [
+            phi_of_cycle(_once_there(g, p, start), p, phi)
+            for g, p, phi in zip(
+                treedef.flatten_up_to(grads),
+                ps,
                 treedef.flatten_up_to(state.slow_params),
                 strict=True,
             )
         ]
+        gs = [_pseudo_grad(*leaf) for leaf in zip(us, ps, phis, strict=True)]
+        step_size: Any = alpha(state.sync_count) if callable(alpha) else alpha
+        if outer is None:
+            outer_state = state.outer_state
+            # Not `g - alpha * g`: this form is exact at alpha = 1.
+            backs = [
+                None if g is None else jnp.asarray(1 - step_size, g.dtype) * g
+                for g in gs
+            ]
+        else:
+            check_reserved(extra_args, FastSide)
+            extra_args["fast"] = FastSide(grads, updates, fast_state, sync)
+            outer_params = _hide_discrete(treedef.unflatten(phis))
+            # On a sync nothing below needs phi, on other steps nothing needs g: one
+            # value for both, which the compiler can write over the slow weights.
+            hs = [
+                phi if g is None else select(sync, g, phi)
+                for g, phi in zip(gs, phis, strict=True)
+            ]
+            pseudo_grads = _hide_discrete(treedef.unflatten(hs))
+            outer_step = functools.partial(
+                outer.update, pseudo_grads, params=outer_params, **extra_args
+            )
+            outer_updates, outer_state = step_if(sync, outer_step, state.outer_state)
+            check_outer_updates(outer_updates, pseudo_grads)
+            backs = [
+                None if g is None else h + jnp.asarray(du, h.dtype)
+                for g, h, du in zip(
+                    gs, hs, treedef.flatten_up_to(outer_updates), strict=True
+                )
+            ]
+            phis = [
+                phi if u is None else h for u, h, phi in zip(us, hs, phis, strict=True)
+            ]
+        pairs = [_leaf(sync, *leaf) for leaf in zip(us, ps, phis, backs, strict=True)]
         updates = treedef.unflatten([u for u, _ in pairs])
         slow_params = treedef.unflatten([phi for _, phi in pairs])
+
+        anchor = state.anchor
+        if inner_state == "reset":
+            new_params = optax.apply_updates(params, updates)
+            fast_state = _inner_state.reset(sync, fast_state, inner, new_params)
+        elif inner_state == "interpolate":
+            fast_state, anchor = _inner_state.interpolate(
+                sync, fast_state, anchor, step_size
+            )
         return updates, LookaheadState(
             fast_state=fast_state,
             slow_params=slow_params,
@@ -148,6 +313,8 @@ def lookahead(
             sync_count=jnp.where(
                 sync, optax.safe_increment(state.sync_count), state.sync_count
             ),
+            outer_state=outer_state,
+            anchor=anchor,
         )
 
     # Optax types every state as `OptState`, which no NamedTuple is a supertype of.
@@ -157,34 +324,63 @@ def lookahead(
     )
 
 
-def _copy(p: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
-    if isinstance(p, jax.ShapeDtypeStruct):
-        return p
-    # A copy, so that parameters and state can be donated together, and an explicit
-    # dtype, since a weakly typed state would be traced twice.
-    return jnp.array(p, dtype=jnp.result_type(p), copy=True)
-
-
 def phi_of_cycle(start, p, phi):
     """Returns the slow weight that the cycle set out from."""
     # Not the state's alone: since the last sync the loop may have loaded, clipped or
     # projected its parameters, and what it holds is what a cycle starts from.
-    return jnp.where(start, jnp.asarray(p, phi.dtype), phi)
+    wide = jnp.asarray(p, phi.dtype)
+    if is_wider(phi, p):
+        # Unless it holds the slow weight, as well as its dtype can.
+        one_rounding = jnp.finfo(jnp.result_type(p)).eps * jnp.abs(phi)
+        start &= ~(jnp.abs(wide - phi) <= one_rounding)  # taken if NaN
+    return jnp.where(start, wide, phi)
 
 
-def _lookahead_leaf(u, p, phi, start, sync, alpha):
+def _once_there(g, p, start):
+    """Returns `start`, in a form that takes the gradient to compute."""
+    # Where the whole training step is one program, XLA's CPU backend would otherwise
+    # write the slow weights first of all, while the backward pass still has to read
+    # the parameters, and keep a copy of all of them for that.
+    if g is None or jnp.shape(g) != jnp.shape(p) or not _is_inexact(g):
+        return start
+    return start | ((g == g) & (g != g))
+
+
+def _pseudo_grad(u, p, phi):
+    """Returns how far the fast weight ran from phi, with the sign of a gradient."""
+    if not _is_inexact(phi):
+        return None
+    if u is None:
+        return jnp.zeros_like(phi)
+    dtype = jnp.promote_types(jnp.result_type(u), phi.dtype)
+    p, u, phi = (jnp.asarray(x, dtype) for x in (p, u, phi))
+    return phi - (p + u)
+
+
+def _leaf(sync, u, p, phi, back):
     """Returns the update and the slow weight of one parameter."""
-    phi = phi_of_cycle(start, p, phi)
     if u is None:  # Equinox's way of saying that this parameter stays.
-        return None, jnp.where(sync, jnp.asarray(p, phi.dtype), phi)
-    if jnp.issubdtype(phi.dtype, jnp.inexact):
-        pull = p + u - phi
-        pull = jnp.asarray(1 - alpha, pull.dtype) * pull
-        # Not `phi + alpha * (p + u - phi) - p`: this form is exact at alpha = 1. And
-        # not `u - sync * pull`: on other steps u must pass next to inf and NaN.
-        u = jnp.where(sync, u - pull, u).astype(jnp.result_type(u))
-    # From the new update, so that the compiler can write updates and slow weights in
-    # place, one after the other; and added as the loop adds it, so that both agree in
-    # every bit. Two `where`s of old values would cost a copy of the parameters.
-    stepped = jnp.asarray(optax.apply_updates(p, u), phi.dtype)
+        return None, phi_of_cycle(sync, p, phi)
+    wide = u
+    if back is not None:
+        dtype = jnp.promote_types(jnp.result_type(u), back.dtype)
+        wide = jnp.asarray(u, dtype) + jnp.asarray(back, dtype)
+        # Not `u + sync * back`: on other steps u must pass next to inf and NaN.
+        u = select(sync, wide, u)
+    if is_wider(phi, p):
+        stepped = jnp.asarray(p, phi.dtype) + jnp.asarray(wide, phi.dtype)
+    else:
+        # From the new update, so that the compiler can write updates and slow weights
+        # in place, one after the other; and added as the loop adds it, so that both
+        # agree in every bit. Two `where`s of old values would cost a copy.
+        stepped = jnp.asarray(optax.apply_updates(p, u), phi.dtype)
     return u, jnp.where(sync, stepped, phi)
+
+
+def _hide_discrete(tree):
+    """Returns the tree with what an optimizer cannot move hidden, as Optax hides it."""
+    return jax.tree.map(lambda x: x if _is_inexact(x) else optax.MaskedNode(), tree)
+
+
+def _is_inexact(x):
+    return jnp.issubdtype(jnp.result_type(x), jnp.inexact)

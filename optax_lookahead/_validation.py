@@ -9,16 +9,18 @@ import optax
 KeyPath = tuple[Any, ...]  # as `jax.tree.leaves_with_path` makes them
 
 
-def check_inner(inner: Any) -> None:
-    """Raises unless `inner` is an Optax gradient transformation."""
-    if isinstance(inner, optax.GradientTransformation):
+def check_transformation(name: str, value: Any) -> None:
+    """Raises unless `value` is an Optax gradient transformation."""
+    if isinstance(value, optax.GradientTransformation):
         return
-    if isinstance(inner, optax.MultiSteps):
-        remedy = "Write `inner.gradient_transformation()`."
+    if isinstance(value, optax.MultiSteps):
+        remedy = f"Write `{name}.gradient_transformation()`."
+    elif name == "outer":
+        remedy = "Write for example `outer_loop(inner, optax.sgd(0.5), k)`."
     else:
         remedy = "Write for example `lookahead(optax.adam(1e-3))`."
     raise TypeError(
-        f"`inner` must be an Optax gradient transformation, got {inner!r}. {remedy}"
+        f"`{name}` must be an Optax gradient transformation, got {value!r}. {remedy}"
     )
 
 
@@ -52,6 +54,93 @@ def check_alpha(alpha: Any) -> None:
         raise TypeError(message)
     if not 0 <= value <= 1:  # NaN too
         raise ValueError(message)
+
+
+def check_inner_state(inner_state: Any, outer: Any) -> None:
+    """Raises unless `inner_state` names something that a sync can do."""
+    if inner_state not in ("keep", "reset", "interpolate"):
+        raise ValueError(
+            "`inner_state` must be 'keep', 'reset' or 'interpolate', got "
+            f"{inner_state!r}. Write what a sync is to do to the inner state."
+        )
+    if inner_state == "interpolate" and outer is not None:
+        raise ValueError(
+            "`inner_state` of `outer_loop` must be 'keep' or 'reset', got "
+            "'interpolate': an outer optimizer has no fraction to move by. Write "
+            "`lookahead(inner, k, alpha, inner_state='interpolate')`."
+        )
+
+
+def check_slow_dtype(slow_dtype: Any) -> Any:
+    """Raises unless `slow_dtype` is a floating dtype that JAX has turned on."""
+    if slow_dtype is None:
+        return None
+    message = (
+        "`slow_dtype` must be a floating dtype or None, got "
+        f"{slow_dtype!r}. Write for example `slow_dtype='float32'`."
+    )
+    try:
+        dtype = jnp.dtype(slow_dtype)
+    except TypeError as error:
+        raise TypeError(message) from error
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(message)
+    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        raise ValueError(
+            f"`slow_dtype` must be a dtype that JAX has turned on, got {dtype}. "
+            "Set `jax.config.update('jax_enable_x64', True)` or write 'float32'."
+        )
+    return dtype
+
+
+def check_wide(slow_dtype: Any, params: Any) -> None:
+    """Raises if the slow copy could not hold the values of a parameter."""
+    if slow_dtype is None:
+        return
+    for path, p in jax.tree.leaves_with_path(params):
+        dtype = jnp.result_type(p)
+        if not jnp.issubdtype(dtype, jnp.inexact):
+            continue
+        wide, narrow = jnp.finfo(slow_dtype), jnp.finfo(dtype)
+        if wide.eps > narrow.eps or wide.max < narrow.max:
+            raise ValueError(
+                "`slow_dtype` must be at least as wide as every parameter, got "
+                f"{slow_dtype} where {describe_path(path)} has {dtype}. Write a wider "
+                "one, or None for the parameters' own."
+            )
+
+
+def check_reserved(extra_args: dict[str, Any], fast_side: type) -> None:
+    """Raises if the caller's extra arguments hide what `outer` is told."""
+    # One that an `outer_loop` around this one passes is not the caller's.
+    if "fast" in extra_args and not isinstance(extra_args["fast"], fast_side):
+        raise ValueError(
+            "`fast` must not be an extra argument of `update`, got "
+            f"{extra_args['fast']!r}: `outer_loop` tells the outer optimizer about "
+            "the inner step by this name. Rename the argument."
+        )
+
+
+def check_outer_updates(outer_updates: Any, pseudo_grads: Any) -> None:
+    """Raises unless the outer optimizer returned updates like what it was given."""
+    got = jax.tree.structure(outer_updates)
+    expected = jax.tree.structure(pseudo_grads)
+    if got != expected:
+        raise ValueError(
+            "`outer` must return updates with the tree that it is given, got "
+            f"{got} where {expected} was given. Use an optimizer that keeps the tree."
+        )
+    for (path, du), g in zip(
+        jax.tree.leaves_with_path(outer_updates),
+        jax.tree.leaves(pseudo_grads),
+        strict=True,
+    ):
+        if not _same_shape(du, g):
+            raise ValueError(
+                "`outer` must return updates with the shapes that it is given, got "
+                f"{jnp.shape(du)} where {describe_path(path)} has {jnp.shape(g)}. Use "
+                "an optimizer that keeps the shapes."
+            )
 
 
 def check_params(params: Any, slow_params: Any) -> None:

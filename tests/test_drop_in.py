@@ -65,6 +65,8 @@ def test_no_state_field_hides_the_inner_optimizers_count():
         "slow_params",
         "steps_since_sync",
         "sync_count",
+        "outer_state",
+        "anchor",
     )
 
 
