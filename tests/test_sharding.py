@@ -178,12 +178,12 @@ def test_a_run_in_shard_map_is_the_run_on_one_device(gradient, check_vma):
         assert_close(got, expected)
 
 
-def state_shardings(shardings):
+def state_shardings(params, shardings):
     """Returns the shardings of the whole state, as the README's recipe makes them."""
     return optax.tree.map_params(
         TX,
         lambda _, sharding: sharding,
-        jax.eval_shape(TX.init, initial_params()),
+        jax.eval_shape(TX.init, params),
         shardings,
         transform_non_params=lambda _: NamedSharding(shardings["w1"].mesh, P()),
     )
@@ -192,8 +192,8 @@ def state_shardings(shardings):
 @every_layout
 def test_jit_of_init_shards_all_as_it_is_told(layout):
     mesh, shardings = lay_out(layout, AxisType.Auto)
-    init = jax.jit(TX.init, out_shardings=state_shardings(shardings))
-    state = init(jax.device_put(initial_params(), shardings))
+    params = jax.device_put(initial_params(), shardings)
+    state = jax.jit(TX.init, out_shardings=state_shardings(params, shardings))(params)
     adam = state.fast_state[0]
     for tree in (state.slow_params, adam.mu, adam.nu):
         assert_sharded_alike(tree, shardings)
@@ -307,12 +307,11 @@ def test_automatic_axes_take_slow_weights_of_another_sharding(transform, other):
 
 
 def test_out_shardings_bring_slow_weights_of_another_sharding_home():
-    _, shardings = lay_out("fully sharded", AxisType.Auto)
-    _, others = lay_out("two axes", AxisType.Auto)
-    params = jax.device_put(initial_params(), shardings)
-    home = shardings, state_shardings(shardings)
-    update = jax.jit(TX.update, out_shardings=home)
-    result = update(params, misplaced(params, others), params)
+    shardings = {"w1": on(TWO_AXES, AUTO, "data")}
+    params = jax.device_put({"w1": initial_params()["w1"]}, shardings)
+    state = misplaced(params, on(TWO_AXES, AUTO, None, "model"))
+    home = shardings, state_shardings(params, shardings)
+    result = jax.jit(TX.update, out_shardings=home)(params, state, params)
     assert_sharded_alike(result, home)
 
 
