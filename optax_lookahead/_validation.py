@@ -5,6 +5,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
+from jax.sharding import AxisType
 
 KeyPath = tuple[Any, ...]  # as `jax.tree.leaves_with_path` makes them
 
@@ -144,7 +146,7 @@ def check_outer_updates(outer_updates: Any, pseudo_grads: Any) -> None:
 
 
 def check_params(params: Any, slow_params: Any) -> None:
-    """Raises unless `params` has the tree and shapes of the state's slow weights."""
+    """Raises unless `params` has the tree, shapes and place of the slow weights."""
     if params is None:
         raise ValueError(
             "`params` must be the current parameters, got None. "
@@ -152,7 +154,7 @@ def check_params(params: Any, slow_params: Any) -> None:
         )
     leaves, slow_leaves = jax.tree.leaves(params), jax.tree.leaves(slow_params)
     got, expected = jax.tree.structure(params), jax.tree.structure(slow_params)
-    if got == expected and all(map(_same_shape, leaves, slow_leaves)):
+    if got == expected and all(map(_fits, leaves, slow_leaves)):
         return
     # The first leaf that differs says more than two printed trees of a whole model.
     by_path = dict(jax.tree.leaves_with_path(params))
@@ -170,6 +172,13 @@ def check_leaf(path: KeyPath, params: dict[KeyPath, Any], phi: Any) -> None:
         got = "no leaf"
     elif not _same_shape(params[path], phi):
         got = f"shape {jnp.shape(params[path])}"
+    elif not _same_place(params[path], phi):
+        raise ValueError(
+            "`params` must be sharded as the state's slow weights are, got "
+            f"{_describe_place(params[path])} at {describe_path(path)}, where the "
+            f"state has {_describe_place(phi)}. Restore the state with the shardings "
+            "of its parameters, or put it there with `jax.device_put`."
+        )
     else:
         return
     raise _mismatch(f"{got} at {describe_path(path)}", f"shape {jnp.shape(phi)}")
@@ -206,6 +215,37 @@ def describe_path(path: KeyPath) -> str:
 
 def _same_shape(a: Any, b: Any) -> bool:
     return jnp.shape(a) == jnp.shape(b)
+
+
+def _same_place(p: Any, phi: Any) -> bool:
+    """Returns whether JAX can compute with both, as far as that is static."""
+    if not (isinstance(p, jax.Array) and isinstance(phi, jax.Array)):
+        return True  # NumPy's go where the others are.
+    types = {jax.typeof(x).sharding for x in (p, phi)}
+    meshes = [sharding.mesh for sharding in types if not sharding.mesh.empty]
+    # Not on automatic axes, along which the compiler moves what it needs.
+    if len(meshes) == 2 and any(AxisType.Explicit in m.axis_types for m in meshes):
+        return False
+    if any(isinstance(x, Tracer) or not x.committed for x in (p, phi)):
+        return True
+    if p.sharding.device_set != phi.sharding.device_set:
+        return False
+    # Eagerly, a result that is split as `phi` is may not fit the mesh of `p`.
+    return phi.is_fully_replicated or _mesh(p) == _mesh(phi)
+
+
+def _mesh(x: jax.Array) -> Any:
+    return getattr(x.sharding, "mesh", None)
+
+
+def _describe_place(x: Any) -> str:
+    if isinstance(x, Tracer):
+        return f"{jax.typeof(x).sharding}"
+    return f"{x.sharding} on devices {sorted(d.id for d in x.sharding.device_set)}"
+
+
+def _fits(p: Any, phi: Any) -> bool:
+    return _same_shape(p, phi) and _same_place(p, phi)
 
 
 def _mismatch(got: str, expected: str) -> ValueError:

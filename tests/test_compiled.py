@@ -1,17 +1,14 @@
 """What does the compiled step cost over the inner optimizer's, whatever the clock says?
 
 Compiled figures don't depend on the machine's load, so they are tests. Times are in
-`benchmarks/step_cost.py`.
+`benchmarks/step_cost.py`, and meshes of devices in `test_sharding.py`.
 """
-
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from optax_lookahead import lookahead, slow_params
 
@@ -130,37 +127,3 @@ def test_reading_the_slow_weights_compiles_once():
         params = optax.apply_updates(params, updates)
         read(state, params)
     assert len(traces) == 1
-
-
-COLLECTIVE = re.compile(
-    r"\b(all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)"
-)
-
-
-@pytest.mark.parametrize("name", INNERS)
-def test_on_a_mesh_the_step_adds_no_collective_and_no_temporary(name):
-    mesh = Mesh(np.asarray(jax.devices()).reshape(4, 2), ("data", "model"))
-    sharding = NamedSharding(mesh, PartitionSpec(("data", "model")))
-    params = jax.device_put(initial_params(), sharding)
-    inner, tx = INNERS[name], lookahead(INNERS[name], 5, 0.5)
-    alone, ours = compile_step(inner, params), compile_step(tx, params)
-    assert len(mesh.devices.ravel()) == 8
-    assert COLLECTIVE.findall(ours.as_text()) == COLLECTIVE.findall(alone.as_text())
-    extra = (
-        ours.memory_analysis().temp_size_in_bytes
-        - alone.memory_analysis().temp_size_in_bytes
-    )
-    assert extra < SCALARS
-
-
-@pytest.mark.parametrize("name", INNERS)
-def test_slow_weights_have_the_sharding_of_their_parameters(name):
-    mesh = Mesh(np.asarray(jax.devices()), ("data",))
-    sharding = NamedSharding(mesh, PartitionSpec("data"))
-    params = jax.device_put(initial_params(), sharding)
-    tx = lookahead(INNERS[name], 2, 0.5)
-    state, step = tx.init(params), train_step(tx)
-    for _ in range(3):
-        for slow in state.slow_params:
-            assert slow.sharding.is_equivalent_to(sharding, slow.ndim)
-        params, state = step(params, state, jax.device_put(initial_params(), sharding))

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from meshes import make_mesh, use_mesh
 from training import scanned, trajectory
 
 from optax_lookahead import lookahead, slow_params
@@ -280,15 +281,10 @@ def test_fast_and_slow_weights_reach_the_minimum(name, problem, dtype):
         np.testing.assert_allclose(reached, target, rtol=0.03, atol=0.03)
 
 
-def use_mesh(mesh):
-    # Explicit axes need the mesh as a context, whose public name changed in JAX 0.7.
-    return (jax.set_mesh if hasattr(jax, "set_mesh") else jax.sharding.use_mesh)(mesh)
-
-
 @pytest.mark.parametrize("spec", [(None, "x"), ("x", "y")], ids=str)
 @every_inner
 def test_shardings_in_types_survive_init_and_updates(name, spec):
-    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
+    mesh = make_mesh({"x": 4, "y": 2}, AxisType.Explicit)
     sharding = NamedSharding(mesh, PartitionSpec(*spec))
     inner, tx = make_inner(name), make(name)
     with use_mesh(mesh):

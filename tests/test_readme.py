@@ -78,8 +78,32 @@ def test_recipe(block, load, capsys, tmp_path, monkeypatch):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize("devices", [1, 8])
+def test_the_recipe_for_sharding_shards_all_that_is_like_a_parameter(
+    devices, capsys, monkeypatch
+):
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
+    namespace = {}
+    exec(BLOCKS[5], namespace)
+    printed = capsys.readouterr().out
+    fast, slow = re.fullmatch(r"fast (\d\.\d+), slow (\d\.\d+)\n", printed).groups()
+    assert float(fast) < 0.1
+    assert float(slow) < 0.1
+    assert fast != slow
+    init, key = namespace["init"], namespace["key"]
+    after_training = namespace["params"], namespace["state"]
+    for params, state in (init(key), after_training):
+        adam = state.fast_state[0]
+        for tree in (params, state.slow_params, adam.mu, adam.nu):
+            for x in jax.tree.leaves(tree):
+                assert {s.data.size for s in x.addressable_shards} == {
+                    x.size // devices
+                }
+                assert len(x.addressable_shards) == devices
+
+
 def test_no_other_python_block_stands_untested():
-    assert len(BLOCKS) == 5
+    assert len(BLOCKS) == 6
 
 
 @pytest.mark.parametrize("extra", ["examples", "test"])
