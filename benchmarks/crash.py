@@ -10,7 +10,7 @@ bit differs.
 
 A kill counts as inside a save if it left an unfinished checkpoint on the disk.
 
-    python benchmarks/crash.py               # 24 kills, about a minute
+    python benchmarks/crash.py               # 24 kills, a minute or two
     python benchmarks/crash.py --kills 100 --seed 1
 """
 
