@@ -138,9 +138,9 @@ class Runner:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         args = self.folder, self.data, theirs
-        process = context.Process(target=trainer, args=args)
+        process = context.Process(target=trainer, args=args, daemon=True)
+        process.start()
         try:
-            process.start()
             theirs.close()  # or its death would go unnoticed
             yield process, ours
         finally:
