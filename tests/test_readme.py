@@ -102,8 +102,52 @@ def test_the_recipe_for_sharding_shards_all_that_is_like_a_parameter(
                 assert len(x.addressable_shards) == devices
 
 
+def steps(namespace, number):
+    """Returns where the recipe ends that is never interrupted."""
+    params, opt_state = namespace["create"]()
+    for _ in range(number):
+        params, opt_state = namespace["train_step"](params, opt_state)
+    return params, opt_state
+
+
+def test_recipe_that_resumes_here_and_on_a_mesh_and_turns_lookahead_off_and_on(
+    capsys, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    for printed in ("steps 1 to 7\n", "steps 8 to 14\n"):
+        namespace = {}
+        exec(BLOCKS[6], namespace)
+        assert capsys.readouterr().out == printed
+    got, expected = (namespace["params"], namespace["opt_state"]), steps(namespace, 14)
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+    exec(BLOCKS[7], namespace)
+    params, opt_state = namespace["params"], namespace["opt_state"]
+    assert len(namespace["mesh"].devices) == 8
+    for leaf in (params["w"], opt_state.slow_params["w"]):
+        assert leaf.sharding.spec == jax.sharding.PartitionSpec("data")
+    # The mesh adds up the gradient in another order.
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
+        (params, opt_state),
+        steps(namespace, 15),
+    )
+
+    namespace["opt_state"] = opt_state._replace(steps_since_sync=jnp.asarray(2))
+    exec(BLOCKS[8], namespace)
+    np.testing.assert_array_equal(namespace["params"]["w"], opt_state.slow_params["w"])
+    turned_on = namespace["opt_state"]
+    assert (turned_on.steps_since_sync, turned_on.sync_count) == (0, 0)
+    jax.tree.map(
+        np.testing.assert_array_equal, turned_on.fast_state, opt_state.fast_state
+    )
+    train_step = jax.jit(namespace["train_step"].__wrapped__)
+    train_step(namespace["params"], turned_on)
+
+
 def test_no_other_python_block_stands_untested():
-    assert len(BLOCKS) == 6
+    assert len(BLOCKS) == 9
 
 
 @pytest.mark.parametrize("extra", ["examples", "test"])
