@@ -39,22 +39,56 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from optax_lookahead import lookahead
 
 SLICES = ("2x2", "4x4", "8x8", "16x16")
-INNERS = {
-    "adam": lambda: optax.adam(1e-3),
-    "sgd": lambda: optax.sgd(1e-3),
-    "momentum": lambda: optax.sgd(1e-3, momentum=0.9),
-}
-LAYERS = 18
 # How many times as wide as on four chips, for a number of chips.
 MODELS: dict[str, Callable[[int], int]] = {
     "grows": lambda chips: math.isqrt(chips // 4),
     "fixed": lambda _: 1,
 }
+LAYERS = 18
+
+
+def float32_moments(inner: optax.GradientTransformation) -> Any:
+    """Returns `inner` with a float32 state whatever the parameters' dtype."""
+
+    def init(params):
+        return inner.init(optax.tree.cast(params, jnp.float32))
+
+    def update(updates, state, params=None):
+        return inner.update(optax.tree.cast(updates, jnp.float32), state, params)
+
+    return optax.GradientTransformation(init, update)
+
+
+# Each with the dtype of the parameters and gradients.
+INNERS: dict[str, tuple[optax.GradientTransformation, Any]] = {
+    "adam": (optax.adam(1e-3), jnp.float32),
+    "adam, bf16": (float32_moments(optax.adam(1e-3)), jnp.bfloat16),
+    "sgd": (optax.sgd(1e-3), jnp.float32),
+    "momentum": (optax.sgd(1e-3, momentum=0.9), jnp.float32),
+}
+
+
+def on_host(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Returns the lookahead `tx` with slow weights that rest in the host's memory."""
+
+    def move(state, space):
+        slow_params = jax.device_put(state.slow_params, space)
+        return state._replace(slow_params=slow_params)
+
+    def update(updates, state, params=None):
+        state = move(state, jax.memory.Space.Device)
+        updates, state = tx.update(updates, state, params)
+        return updates, move(state, jax.memory.Space.Host)
+
+    return optax.GradientTransformation(tx.init, update)
+
+
 K, ALPHA = 5, 0.5
-UPSTREAM = "optax.lookahead"
+UPSTREAM, OFFLOADED = "optax.lookahead", "optax_lookahead, slow on host"
 FORMS: dict[str, Callable[[Any], Any]] = {
     "inner alone": lambda inner: inner,
     "optax_lookahead": lambda inner: lookahead(inner, K, ALPHA),
+    OFFLOADED: lambda inner: on_host(lookahead(inner, K, ALPHA)),
     UPSTREAM: lambda inner: optax.lookahead(inner, K, ALPHA),
 }
 
@@ -69,8 +103,9 @@ COLLECTIVE = re.compile(
     r"(all-reduce|all-gather|reduce-scatter|all-to-all|collective-\w+)(-start)?"
 )
 # Other names for bytes that are there already.
-FREE = {"parameter", "constant", "tuple", "get-tuple-element", "ConcatBitcast"}
-OPAQUE = {"while", "conditional", "call", "async-start"}
+FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast"}
+# What they move does not show where they stand.
+OPAQUE = {"while", "conditional", "call", "custom-call"}
 
 
 class Array(NamedTuple):
@@ -113,7 +148,7 @@ def instructions(text: str) -> list[Instruction]:
             for dtype, dims, layout in ARRAY.findall(match["shape"])
         ]
         operands = re.findall(r"%[\w.-]+", match["operands"])
-        op = match["target"] or match["op"]
+        op = "bitcast" if match["target"] == "ConcatBitcast" else match["op"]
         result.append(Instruction(match["name"], op, arrays, operands))
     return result
 
@@ -129,8 +164,8 @@ def hbm_bytes(entry: list[Instruction]) -> int:
             # Two arrays, from and to in either order, and a flag. A slice reads only
             # what it writes, and its source comes first.
             total += result[1].size * (result[0].in_hbm + result[1].in_hbm)
-        elif op in OPAQUE or op[0].isupper():
-            raise NotImplementedError(f"{name}: what does {op} read and write?")
+        elif op in OPAQUE or op.endswith("-start"):
+            raise NotImplementedError(f"cannot tell what {name}, a {op}, moves")
         else:
             touched = sum((arrays[operand] for operand in operands), result)
             total += sum(array.size for array in touched if array.in_hbm)
@@ -151,28 +186,32 @@ def transformer(width: int, layers: int, vocabulary: int) -> dict[str, Any]:
     return {"embedding": (vocabulary, width), **stack, "final_norm": (width,)}
 
 
-def count(slice_name: str, shapes: dict[str, Any], form: str, inner: Any) -> Counts:
+def count(slice_name: str, shapes: dict[str, Any], inner: str, form: str) -> Counts:
     """Compiles the step of one form for one slice and counts it."""
     slice_ = topologies.get_topology_desc(
         platform="tpu", topology_name=f"v5e:{slice_name}"
     )
     mesh = Mesh(np.array(slice_.devices), ("chips",))
 
-    def on_mesh(x):
+    def on_mesh(x, memory="device"):
         # Scalars, the counters, are on every chip.
         spec = PartitionSpec("chips") if x.shape else PartitionSpec()
-        sharding = NamedSharding(mesh, spec)
+        sharding = NamedSharding(mesh, spec, memory_kind=memory)
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
+    optimizer, dtype = INNERS[inner]
     grads = jax.tree.map(
-        lambda shape: on_mesh(jax.ShapeDtypeStruct(shape, jnp.float32)),
+        lambda shape: on_mesh(jax.ShapeDtypeStruct(shape, dtype)),
         shapes,
         is_leaf=lambda x: isinstance(x, tuple),
     )
     pair = form == UPSTREAM
     params = optax.LookaheadParams.init_synced(grads) if pair else grads
-    tx = FORMS[form](inner)
+    tx = FORMS[form](optimizer)
     state = jax.tree.map(on_mesh, jax.eval_shape(tx.init, params))
+    if form == OFFLOADED:
+        slow = [on_mesh(x, "pinned_host") for x in jax.tree.leaves(grads)]
+        state = state._replace(slow_params=jax.tree.structure(grads).unflatten(slow))
 
     def step(params, state, grads):
         updates, state = tx.update(grads, state, params)
@@ -180,7 +219,8 @@ def count(slice_name: str, shapes: dict[str, Any], form: str, inner: Any) -> Cou
 
     step = jax.jit(step, donate_argnums=(0, 1))
     compiled = step.lower(params, state, grads).compile()
-    unit = sum(4 * x.size for x in jax.tree.leaves(grads)) / len(mesh.devices)
+    size = sum(x.size for x in jax.tree.leaves(grads))
+    unit = size * jnp.dtype(dtype).itemsize / len(mesh.devices)
     text = compiled.as_text()
     entry = instructions(text[text.index("\nENTRY ") :])
     return Counts(
@@ -206,16 +246,24 @@ def cell(values: Iterable[int | float]) -> str:
 
 def load_libtpu() -> None:
     """Loads the compiler for TPUs, or ends the program with one line."""
-    # Without these it asks the network which TPU it is on, and complains.
+    # Without these it asks the network which TPU it is on, complains, and refuses to
+    # be loaded by two programs at once.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     jax.config.update("jax_platforms", "cpu")
     try:
         topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
     except Exception as error:
         reason = str(error).splitlines()[0]
         sys.exit(f'{reason} Run `python -m pip install -e ".[tpu-aot]"`.')
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        # One line, without argparse's usage before it.
+        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def main() -> None:
@@ -238,7 +286,7 @@ def main() -> None:
             scale = MODELS[model](chips(slice_name))
             shapes = transformer(2048 * scale, layers, 32768 * scale)
             counts[model, inner, form, slice_name] = count(
-                slice_name, shapes, form, INNERS[inner]()
+                slice_name, shapes, inner, form
             )
             progress.update()
 
