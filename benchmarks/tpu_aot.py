@@ -267,7 +267,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--quick", action="store_true", help="one slice, under a minute"
     )
