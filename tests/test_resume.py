@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from optax_lookahead import lookahead, slow_params
 
 K = 5
-INNER_STATES = ("keep",)  # what a sync may do to the inner optimizer's state
+INNER_STATES = ("keep", "reset", "interpolate")  # what a sync may do to the inner optimizer's state
 ALPHA = optax.linear_schedule(0.3, 0.9, 6)
 # Adam's moments and count, and a schedule's.
 INNER = optax.adamw(optax.cosine_decay_schedule(0.1, 60))
