@@ -13,10 +13,11 @@ import pytest
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from optax_lookahead import lookahead, slow_params
+from optax_lookahead import lookahead, outer_loop, slow_params
 
 K = 5
-INNER_STATES = ("keep", "reset", "interpolate")  # what a sync may do to the inner optimizer's state
+# What a sync may do to the inner optimizer's state, and an outer optimizer's state too.
+INNER_STATES = ("keep", "reset", "interpolate", "outer_loop")
 ALPHA = optax.linear_schedule(0.3, 0.9, 6)
 # Adam's moments and count, and a schedule's.
 INNER = optax.adamw(optax.cosine_decay_schedule(0.1, 60))
@@ -25,8 +26,10 @@ SAVES = range(K, 2 * K)  # after this many steps: at every position in a cycle
 
 
 def make(inner_state):
-    extra = {} if inner_state == "keep" else {"inner_state": inner_state}
-    return lookahead(INNER, K, ALPHA, **extra)
+    if inner_state == "outer_loop":
+        nesterov = optax.sgd(ALPHA, momentum=0.5, nesterov=True)
+        return outer_loop(INNER, nesterov, K, slow_dtype="float32")
+    return lookahead(INNER, K, ALPHA, inner_state=inner_state)
 
 
 def initial_params(seed=0):
