@@ -76,8 +76,8 @@ def test_a_whole_training_step_does_not_copy_the_parameters(name):
             updates, state = tx.update(jax.grad(loss_fn)(params, x), state, params)
             return optax.apply_updates(params, updates), state
 
-        params, x = [jnp.full((64, 64), 0.1)] * 20, jnp.ones((8, 64))
-        params = [jnp.array(p) for p in params]
+        params = [jnp.full((64, 64), 0.1, jnp.float32) for _ in range(20)]
+        x = jnp.ones((8, 64))
         step = jax.jit(step, donate_argnums=(0, 1))
         return step.lower(params, tx.init(params), x).compile().memory_analysis()
 
