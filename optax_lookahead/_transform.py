@@ -294,7 +294,8 @@ def _cycles(
             phis = [
                 phi if u is None else h for u, h, phi in zip(us, hs, phis, strict=True)
             ]
-        pairs = [_leaf(sync, *leaf) for leaf in zip(us, ps, phis, backs, strict=True)]
+        leaves = zip(us, ps, phis, gs, backs, strict=True)
+        pairs = [_leaf(sync, *leaf) for leaf in leaves]
         updates = treedef.unflatten([u for u, _ in pairs])
         slow_params = treedef.unflatten([phi for _, phi in pairs])
 
@@ -330,8 +331,10 @@ def phi_of_cycle(start, p, phi):
     # projected its parameters, and what it holds is what a cycle starts from.
     wide = jnp.asarray(p, phi.dtype)
     if is_wider(phi, p):
-        # Unless it holds the slow weight, as well as its dtype can.
-        one_rounding = jnp.finfo(jnp.result_type(p)).eps * jnp.abs(phi)
+        # Unless it holds the slow weight, as well as its dtype can: near zero, where
+        # float16 runs out of exponents, less well than its eps says.
+        narrow = jnp.finfo(jnp.result_type(p))
+        one_rounding = narrow.eps * jnp.maximum(jnp.abs(phi), float(narrow.tiny))
         start &= ~(jnp.abs(wide - phi) <= one_rounding)  # taken if NaN
     return jnp.where(start, wide, phi)
 
@@ -353,27 +356,41 @@ def _pseudo_grad(u, p, phi):
     if u is None:
         return jnp.zeros_like(phi)
     dtype = jnp.promote_types(jnp.result_type(u), phi.dtype)
+    if is_wider(phi, p):
+        # The fast weight set out from there. Counted from phi, its way would begin
+        # with a rounding, and every cycle would pull phi back onto what p can hold.
+        phi = _rounded_like(p, phi)
     p, u, phi = (jnp.asarray(x, dtype) for x in (p, u, phi))
     return phi - (p + u)
 
 
-def _leaf(sync, u, p, phi, back):
+def _rounded_like(p, phi):
+    """Returns phi as closely as `p` can hold it, in its own dtype."""
+    if jnp.iscomplexobj(phi):
+        return jax.lax.complex(*(_rounded_like(p, x) for x in (phi.real, phi.imag)))
+    # Not there and back by `astype`, which compilers may leave out.
+    bits = jnp.finfo(phi.dtype).nexp, jnp.finfo(jnp.result_type(p)).nmant
+    return jax.lax.reduce_precision(phi, *bits)
+
+
+def _leaf(sync, u, p, phi, g, back):
     """Returns the update and the slow weight of one parameter."""
     if u is None:  # Equinox's way of saying that this parameter stays.
         return None, phi_of_cycle(sync, p, phi)
-    wide = u
+    if is_wider(phi, p):
+        stepped = phi + jnp.asarray(back - g, phi.dtype)
+        # Between two weights that `p` can hold, so that the loop mostly hits the second.
+        u = select(sync, _rounded_like(p, stepped) - jnp.asarray(p, phi.dtype), u)
+        return u, jnp.where(sync, stepped, phi)
     if back is not None:
         dtype = jnp.promote_types(jnp.result_type(u), back.dtype)
         wide = jnp.asarray(u, dtype) + jnp.asarray(back, dtype)
         # Not `u + sync * back`: on other steps u must pass next to inf and NaN.
         u = select(sync, wide, u)
-    if is_wider(phi, p):
-        stepped = jnp.asarray(p, phi.dtype) + jnp.asarray(wide, phi.dtype)
-    else:
-        # From the new update, so that the compiler can write updates and slow weights
-        # in place, one after the other; and added as the loop adds it, so that both
-        # agree in every bit. Two `where`s of old values would cost a copy.
-        stepped = jnp.asarray(optax.apply_updates(p, u), phi.dtype)
+    # From the new update, so that the compiler can write updates and slow weights in
+    # place, one after the other; and added as the loop adds it, so that both agree in
+    # every bit. Two `where`s of old values would cost a copy.
+    stepped = jnp.asarray(optax.apply_updates(p, u), phi.dtype)
     return u, jnp.where(sync, stepped, phi)
 
 
