@@ -16,7 +16,6 @@ _KEPT = {
     optax.AddNoiseState: ("count",),
     optax.ConditionallyMaskState: ("step",),
     optax.ConditionallyTransformState: ("step",),
-    optax.InjectHyperparamsState: ("count", "hyperparams"),
     optax.InjectStatefulHyperparamsState: (
         "count",
         "hyperparams",

@@ -81,7 +81,9 @@ def lookahead(
         parameters, which it replaces in floating leaves. With bfloat16 parameters and
         `slow_dtype="float32"` the slow weights keep the bits that small steps need: a
         cycle starts from the slow weight unless the parameter is further from it than
-        one rounding, which means that somebody changed it.
+        one rounding, which means that somebody changed it. The fast weights set out
+        from its rounding and stay in the parameters' dtype: of updates too small for
+        that they keep the last one of a cycle.
 
     Returns:
       A `GradientTransformationExtraArgs` whose state is a `LookaheadState`. Its
@@ -260,14 +262,15 @@ def _cycles(
                 strict=True,
             )
         ]
+        wider = list(map(is_wider, phis, ps))
         gs = [_pseudo_grad(*leaf) for leaf in zip(us, ps, phis, strict=True)]
         step_size: Any = alpha(state.sync_count) if callable(alpha) else alpha
         if outer is None:
             outer_state = state.outer_state
             # Not `g - alpha * g`: this form is exact at alpha = 1.
             backs = [
-                None if g is None else jnp.asarray(1 - step_size, g.dtype) * g
-                for g in gs
+                None if g is None else jnp.asarray(whole - step_size, g.dtype) * g
+                for g, whole in zip(gs, [0 if w else 1 for w in wider], strict=True)
             ]
         else:
             check_reserved(extra_args, FastSide)
@@ -276,8 +279,8 @@ def _cycles(
             # On a sync nothing below needs phi, on other steps nothing needs g: one
             # value for both, which the compiler can write over the slow weights.
             hs = [
-                phi if g is None else select(sync, g, phi)
-                for g, phi in zip(gs, phis, strict=True)
+                phi if g is None else g if wide else select(sync, g, phi)
+                for g, phi, wide in zip(gs, phis, wider, strict=True)
             ]
             pseudo_grads = _hide_discrete(treedef.unflatten(hs))
             outer_step = functools.partial(
@@ -286,16 +289,16 @@ def _cycles(
             outer_updates, outer_state = step_if(sync, outer_step, state.outer_state)
             check_outer_updates(outer_updates, pseudo_grads)
             backs = [
-                None if g is None else h + jnp.asarray(du, h.dtype)
-                for g, h, du in zip(
-                    gs, hs, treedef.flatten_up_to(outer_updates), strict=True
+                None if g is None else du if wide else h + jnp.asarray(du, h.dtype)
+                for g, h, du, wide in zip(
+                    gs, hs, treedef.flatten_up_to(outer_updates), wider, strict=True
                 )
             ]
             phis = [
-                phi if u is None else h for u, h, phi in zip(us, hs, phis, strict=True)
+                phi if u is None or wide else h
+                for u, h, phi, wide in zip(us, hs, phis, wider, strict=True)
             ]
-        leaves = zip(us, ps, phis, gs, backs, strict=True)
-        pairs = [_leaf(sync, *leaf) for leaf in leaves]
+        pairs = [_leaf(sync, *leaf) for leaf in zip(us, ps, phis, backs, strict=True)]
         updates = treedef.unflatten([u for u, _ in pairs])
         slow_params = treedef.unflatten([phi for _, phi in pairs])
 
@@ -373,15 +376,19 @@ def _rounded_like(p, phi):
     return jax.lax.reduce_precision(phi, *bits)
 
 
-def _leaf(sync, u, p, phi, g, back):
-    """Returns the update and the slow weight of one parameter."""
+def _leaf(sync, u, p, phi, back):
+    """Returns the update and the slow weight of one parameter.
+
+    A sync adds `back` to the update; for a slow weight that is wider than its parameter
+    it is added to the slow weight itself.
+    """
     if u is None:  # Equinox's way of saying that this parameter stays.
         return None, phi_of_cycle(sync, p, phi)
     if is_wider(phi, p):
-        stepped = phi + jnp.asarray(back - g, phi.dtype)
-        # Between two weights that `p` can hold, so that the loop mostly hits the second.
-        u = select(sync, _rounded_like(p, stepped) - jnp.asarray(p, phi.dtype), u)
-        return u, jnp.where(sync, stepped, phi)
+        phi = jnp.where(sync, phi + jnp.asarray(back, phi.dtype), phi)
+        # From one weight that `p` can hold to another: mostly, so can the step. And
+        # from the new slow weight, which can thus be written in place first.
+        return select(sync, _rounded_like(p, phi) - jnp.asarray(p, phi.dtype), u), phi
     if back is not None:
         dtype = jnp.promote_types(jnp.result_type(u), back.dtype)
         wide = jnp.asarray(u, dtype) + jnp.asarray(back, dtype)
