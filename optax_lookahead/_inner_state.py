@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from ._state import LookaheadState, copy, select
+from ._validation import uninterpolable
 
 # The fields that count training time, or that someone set: a reset leaves them alone,
 # since a learning rate that warms up again in every cycle never leaves its warm-up.
@@ -15,7 +16,6 @@ _KEPT = {
     optax.AddNoiseState: ("count",),
     optax.ConditionallyMaskState: ("step",),
     optax.ConditionallyTransformState: ("step",),
-    optax.InjectHyperparamsState: ("count", "hyperparams"),
     optax.InjectStatefulHyperparamsState: (
         "count",
         "hyperparams",
@@ -65,9 +65,12 @@ def anchor_of(
     def leaf(x):
         return copy(x) if jnp.issubdtype(jnp.result_type(x), jnp.inexact) else None
 
-    return optax.tree.map_params(
-        inner, leaf, fast_state, transform_non_params=lambda _: None
-    )
+    try:
+        return optax.tree.map_params(
+            inner, leaf, fast_state, transform_non_params=lambda _: None
+        )
+    except Exception as error:  # of any kind: `inner.init` is given a placeholder
+        raise uninterpolable(error) from error
 
 
 def interpolate(

@@ -81,7 +81,9 @@ def lookahead(
         parameters, which it replaces in floating leaves. With bfloat16 parameters and
         `slow_dtype="float32"` the slow weights keep the bits that small steps need: a
         cycle starts from the slow weight unless the parameter is further from it than
-        one rounding, which means that somebody changed it.
+        one rounding, which means that somebody changed it. The fast weights set out
+        from its rounding and stay in the parameters' dtype: of updates too small for
+        that they keep the last one of a cycle.
 
     Returns:
       A `GradientTransformationExtraArgs` whose state is a `LookaheadState`. Its
@@ -260,14 +262,15 @@ def _cycles(
                 strict=True,
             )
         ]
+        wider = list(map(is_wider, phis, ps))
         gs = [_pseudo_grad(*leaf) for leaf in zip(us, ps, phis, strict=True)]
         step_size: Any = alpha(state.sync_count) if callable(alpha) else alpha
         if outer is None:
             outer_state = state.outer_state
             # Not `g - alpha * g`: this form is exact at alpha = 1.
             backs = [
-                None if g is None else jnp.asarray(1 - step_size, g.dtype) * g
-                for g in gs
+                None if g is None else jnp.asarray(whole - step_size, g.dtype) * g
+                for g, whole in zip(gs, [0 if w else 1 for w in wider], strict=True)
             ]
         else:
             check_reserved(extra_args, FastSide)
@@ -276,8 +279,8 @@ def _cycles(
             # On a sync nothing below needs phi, on other steps nothing needs g: one
             # value for both, which the compiler can write over the slow weights.
             hs = [
-                phi if g is None else select(sync, g, phi)
-                for g, phi in zip(gs, phis, strict=True)
+                phi if g is None else g if wide else select(sync, g, phi)
+                for g, phi, wide in zip(gs, phis, wider, strict=True)
             ]
             pseudo_grads = _hide_discrete(treedef.unflatten(hs))
             outer_step = functools.partial(
@@ -286,13 +289,14 @@ def _cycles(
             outer_updates, outer_state = step_if(sync, outer_step, state.outer_state)
             check_outer_updates(outer_updates, pseudo_grads)
             backs = [
-                None if g is None else h + jnp.asarray(du, h.dtype)
-                for g, h, du in zip(
-                    gs, hs, treedef.flatten_up_to(outer_updates), strict=True
+                None if g is None else du if wide else h + jnp.asarray(du, h.dtype)
+                for g, h, du, wide in zip(
+                    gs, hs, treedef.flatten_up_to(outer_updates), wider, strict=True
                 )
             ]
             phis = [
-                phi if u is None else h for u, h, phi in zip(us, hs, phis, strict=True)
+                phi if u is None or wide else h
+                for u, h, phi, wide in zip(us, hs, phis, wider, strict=True)
             ]
         pairs = [_leaf(sync, *leaf) for leaf in zip(us, ps, phis, backs, strict=True)]
         updates = treedef.unflatten([u for u, _ in pairs])
@@ -330,8 +334,10 @@ def phi_of_cycle(start, p, phi):
     # projected its parameters, and what it holds is what a cycle starts from.
     wide = jnp.asarray(p, phi.dtype)
     if is_wider(phi, p):
-        # Unless it holds the slow weight, as well as its dtype can.
-        one_rounding = jnp.finfo(jnp.result_type(p)).eps * jnp.abs(phi)
+        # Unless it holds the slow weight, as well as its dtype can: near zero, where
+        # float16 runs out of exponents, less well than its eps says.
+        narrow = jnp.finfo(jnp.result_type(p))
+        one_rounding = narrow.eps * jnp.maximum(jnp.abs(phi), float(narrow.tiny))
         start &= ~(jnp.abs(wide - phi) <= one_rounding)  # taken if NaN
     return jnp.where(start, wide, phi)
 
@@ -354,27 +360,45 @@ def _pseudo_grad(u, p, phi):
     if u is None:
         return jnp.zeros_like(phi)
     dtype = jnp.promote_types(jnp.result_type(u), phi.dtype)
+    if is_wider(phi, p):
+        # The fast weight set out from there. Counted from phi, its way would begin
+        # with a rounding, and every cycle would pull phi back onto what p can hold.
+        phi = _rounded_like(p, phi)
     p, u, phi = (jnp.asarray(x, dtype) for x in (p, u, phi))
     return phi - (p + u)
 
 
+def _rounded_like(p, phi):
+    """Returns phi as closely as `p` can hold it, in its own dtype."""
+    if jnp.iscomplexobj(phi):
+        return jax.lax.complex(*(_rounded_like(p, x) for x in (phi.real, phi.imag)))
+    # Not there and back by `astype`, which compilers may leave out.
+    bits = jnp.finfo(phi.dtype).nexp, jnp.finfo(jnp.result_type(p)).nmant
+    return jax.lax.reduce_precision(phi, *bits)
+
+
 def _leaf(sync, u, p, phi, back):
-    """Returns the update and the slow weight of one parameter."""
+    """Returns the update and the slow weight of one parameter.
+
+    A sync adds `back` to the update; for a slow weight that is wider than its parameter
+    it is added to the slow weight itself.
+    """
     if u is None:  # Equinox's way of saying that this parameter stays.
         return None, phi_of_cycle(sync, p, phi)
-    wide = u
+    if is_wider(phi, p):
+        phi = jnp.where(sync, phi + jnp.asarray(back, phi.dtype), phi)
+        # From one weight that `p` can hold to another: mostly, so can the step. And
+        # from the new slow weight, which can thus be written in place first.
+        return select(sync, _rounded_like(p, phi) - jnp.asarray(p, phi.dtype), u), phi
     if back is not None:
         dtype = jnp.promote_types(jnp.result_type(u), back.dtype)
         wide = jnp.asarray(u, dtype) + jnp.asarray(back, dtype)
         # Not `u + sync * back`: on other steps u must pass next to inf and NaN.
         u = select(sync, wide, u)
-    if is_wider(phi, p):
-        stepped = jnp.asarray(p, phi.dtype) + jnp.asarray(wide, phi.dtype)
-    else:
-        # From the new update, so that the compiler can write updates and slow weights
-        # in place, one after the other; and added as the loop adds it, so that both
-        # agree in every bit. Two `where`s of old values would cost a copy.
-        stepped = jnp.asarray(optax.apply_updates(p, u), phi.dtype)
+    # From the new update, so that the compiler can write updates and slow weights in
+    # place, one after the other; and added as the loop adds it, so that both agree in
+    # every bit. Two `where`s of old values would cost a copy.
+    stepped = jnp.asarray(optax.apply_updates(p, u), phi.dtype)
     return u, jnp.where(sync, stepped, phi)
 
 

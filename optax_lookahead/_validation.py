@@ -73,6 +73,15 @@ def check_inner_state(inner_state: Any, outer: Any) -> None:
         )
 
 
+def uninterpolable(error: Exception) -> ValueError:
+    """Returns the error for an inner state in which moments cannot be told apart."""
+    return ValueError(
+        "`inner_state='interpolate'` must be able to tell what in the state of `inner` "
+        "is like the parameters, got an error from `optax.tree.map_params`: "
+        f"{error!r}. Write `inner_state='keep'` or `'reset'`."
+    )
+
+
 def check_slow_dtype(slow_dtype: Any) -> Any:
     """Raises unless `slow_dtype` is a floating dtype that JAX has turned on."""
     if slow_dtype is None:

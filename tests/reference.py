@@ -5,6 +5,8 @@ It shares nothing with the code under test: arrays that change in place, loops i
 of a counter, and the inner optimizers written out from their papers.
 """
 
+import copy
+
 import numpy as np
 
 
@@ -35,13 +37,36 @@ def adamw(learning_rate, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0):
     return step
 
 
-def lookahead(inner, gradient, phi, k, alpha, cycles):
+def keep(memory, alpha):
+    """Leaves the inner optimizer's memory alone at a sync, as the paper's runs do."""
+
+
+def reset(memory, alpha):
+    memory.clear()
+
+
+def interpolate():
+    """Returns the paper's third choice, with a cache of what the last sync left."""
+    cache = {}
+
+    def at_sync(memory, alpha):
+        for name in memory.keys() - {"t"}:
+            memory[name] = (1 - alpha) * cache.get(name, 0.0) + alpha * memory[name]
+            cache[name] = memory[name].copy()
+
+    return at_sync
+
+
+def lookahead(inner, gradient, phi, k, alpha, cycles, at_sync=keep, memories=None):
     """Returns the fast and the slow weights after every inner step.
 
     `inner(g, theta, memory)` returns a step, `gradient(theta, step)` the gradient at
-    inner step number `step`, and `alpha(t)` the slow step size after t syncs.
+    inner step number `step`, `alpha(t)` the slow step size after t syncs, and
+    `at_sync(memory, alpha)` changes the inner optimizer's memory. To the list
+    `memories` goes what that holds after every inner step.
     """
     phi, memory, trajectory, step = phi.copy(), {}, [], 0
+    memories = [] if memories is None else memories
     for t in range(cycles):
         theta = phi.copy()
         for i in range(1, k + 1):
@@ -49,6 +74,9 @@ def lookahead(inner, gradient, phi, k, alpha, cycles):
             step += 1
             if i < k:
                 trajectory.append((theta.copy(), phi.copy()))
+                memories.append(copy.deepcopy(memory))
         phi += alpha(t) * (theta - phi)
+        at_sync(memory, alpha(t))
         trajectory.append((phi.copy(), phi.copy()))  # the fast weights restart here
+        memories.append(copy.deepcopy(memory))
     return trajectory

@@ -1,0 +1,470 @@
+"""Does a slow copy wider than the parameters keep the bits that small steps need?"""
+
+import functools
+import pickle
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from test_precision import bits
+from training import scanned, trajectory
+
+from optax_lookahead import lookahead, outer_loop, slow_params
+
+BF16, F16 = ml_dtypes.bfloat16, np.float16
+ULP = 2.0**-7  # of bfloat16 between 1 and 2
+CYCLES = 200
+NARROW = pytest.mark.parametrize("dtype", [BF16, F16], ids=["bfloat16", "float16"])
+
+
+def eps(dtype):
+    return float(ml_dtypes.finfo(dtype).eps)
+
+
+def last(tx, params, gradient, steps):
+    """Returns the last parameters and state of one compiled loop."""
+    stacked = jax.jit(lambda p: scanned(tx, p, gradient, steps))(params)
+    return jax.tree.map(lambda x: x[-1], stacked)
+
+
+def one_ulp_up(params, step):
+    return jax.tree.map(lambda p: jnp.full_like(p, -ULP), params)
+
+
+@pytest.mark.parametrize("slow_dtype", [None, "bfloat16"])
+def test_a_slow_copy_as_narrow_as_the_parameters_never_leaves_one(slow_dtype):
+    tx = lookahead(optax.sgd(1.0), 2, 0.2, slow_dtype=slow_dtype)
+    params, state = last(tx, jnp.ones(3, BF16), one_ulp_up, 2 * CYCLES)
+    np.testing.assert_array_equal(params, 1.0)
+    np.testing.assert_array_equal(state.slow_params, 1.0)
+
+
+def test_optax_lookahead_never_leaves_one_either():
+    params = optax.LookaheadParams.init_synced(jnp.ones(3, BF16))
+    tx = optax.lookahead(optax.sgd(1.0), 2, 0.2)
+    pair, _ = last(tx, params, lambda p, step: one_ulp_up(p.fast, step), 2 * CYCLES)
+    np.testing.assert_array_equal(pair.fast, 1.0)
+    np.testing.assert_array_equal(pair.slow, 1.0)
+
+
+def test_a_float32_copy_follows_the_exact_trajectory():
+    tx = lookahead(optax.sgd(1.0), 2, 0.2, slow_dtype="float32")
+    stacked = scanned(tx, jnp.ones(3, BF16), one_ulp_up, 2 * CYCLES)
+    params, state = jax.tree.map(lambda x: np.float64(x[1::2]), stacked)
+    exact = 1.0 + 0.2 * 2 * ULP * np.arange(1, CYCLES + 1)[:, None]
+    rounding = CYCLES * np.finfo(np.float32).eps  # one in each cycle, below 2
+    np.testing.assert_allclose(state.slow_params - exact, 0.0, atol=rounding)
+    np.testing.assert_allclose(params - exact, 0.0, atol=0.51 * ULP)
+    np.testing.assert_allclose(state.slow_params[-1], 1.625, atol=rounding)
+
+
+@NARROW
+@pytest.mark.parametrize(("k", "alpha"), [(1, 1.0), (2, 0.2), (5, 0.5)])
+def test_random_steps_between_neighbouring_weights_are_followed_exactly(
+    dtype, k, alpha
+):
+    # Where all that the fast weights do is exact in their dtype, the slow ones are
+    # Algorithm 1 in exact arithmetic, up to the rounding of float32.
+    rng = np.random.default_rng(0)
+    scale = 2.0 ** rng.integers(-12, 5, size=300) * rng.choice([-1, 1], size=300)
+    start = np.asarray(scale * (1 + rng.integers(35, 93, 300) / 128), dtype)
+    ulps = rng.integers(-2, 3, size=(CYCLES * k, 300))
+    ulps[:] = np.where(np.arange(len(ulps))[:, None] % (2 * k) < k, ulps, 0)
+    ulps[k:] -= np.where(np.arange(k, len(ulps))[:, None] % (2 * k) >= k, ulps[:-k], 0)
+    steps = ulps * np.abs(scale) * eps(dtype)  # back to the start in every other cycle
+
+    tx = lookahead(optax.sgd(1.0), k, alpha, slow_dtype="float32")
+    rows = jnp.asarray(-steps, dtype)
+    assert np.all(np.float64(rows) == -steps)
+    _, state = last(tx, jnp.asarray(start), lambda p, i: rows[i], CYCLES * k)
+    exact = np.float64(start) + alpha * steps.sum(0)
+    np.testing.assert_allclose(
+        state.slow_params, exact, rtol=CYCLES * np.finfo(np.float32).eps
+    )
+
+
+@NARROW
+@pytest.mark.parametrize("value", [1.5, -384.0])
+def test_updates_below_one_rounding_add_up(dtype, value):
+    # At k = 1 and alpha = 1 the slow copy is the master copy of mixed precision.
+    start = np.full(3, value, dtype)
+    tiny = 0.3 * abs(np.float64(np.spacing(start[0])))
+    step = np.asarray([tiny, -tiny, tiny / 8], dtype)
+    assert np.all(start + step == start)
+    params = jnp.asarray(start)
+
+    def run(k, alpha, slow_dtype):
+        tx = lookahead(optax.sgd(1.0), k, alpha, slow_dtype=slow_dtype)
+        p, state = last(tx, params, lambda p, i: -jnp.asarray(step), CYCLES * k)
+        return p, np.float64(state.slow_params) - np.float64(start)
+
+    p, moved = run(1, 1.0, None)
+    np.testing.assert_array_equal(p, start)
+    _, moved = run(1, 1.0, "float32")
+    np.testing.assert_allclose(moved, CYCLES * np.float64(step), rtol=0.02)
+    # The fast weights are as narrow as ever: they hold one such update, the last.
+    _, moved = run(5, 0.5, "float32")
+    np.testing.assert_allclose(moved, 0.5 * CYCLES * np.float64(step), rtol=0.02)
+
+
+def rounded(x, dtype):
+    """Returns float32 numbers with the bits of a narrower dtype, of any exponent."""
+    mantissa, exponent = np.frexp(x)
+    scale = np.float32(2.0 / eps(dtype))
+    return np.ldexp(np.round(mantissa * scale) / scale, exponent)
+
+
+def simulate(start, steps, k, alpha):
+    """Returns parameters and slow weights after every step of mixed precision.
+
+    The parameters are rounded to their dtype after every step. The slow weights phi
+    are float32. A sync moves them by a fraction of how far the fast weights ran from
+    the rounding of phi, the last step unrounded; the parameters go to the new rounding
+    of phi, by a step in their dtype.
+    """
+    dtype, wide = start.dtype, np.float32
+    slack, tiny = wide(eps(dtype)), wide(ml_dtypes.finfo(dtype).tiny)
+    p, phi, visited = start, wide(start), []
+    for i, step in enumerate(steps):
+        if i % k == 0:
+            same = np.abs(wide(p) - phi) <= slack * np.maximum(np.abs(phi), tiny)
+            phi = np.where(same, phi, wide(p))
+        if (i + 1) % k == 0:
+            run = wide(p) + wide(step) - rounded(phi, dtype)
+            phi = phi + wide(alpha) * run
+            step = (rounded(phi, dtype) - wide(p)).astype(dtype)
+        p = (p + step).astype(dtype)
+        visited.append((p, phi))
+    return visited
+
+
+@NARROW
+def test_parameters_and_slow_weights_are_the_simulated_ones_in_every_bit(dtype):
+    # Weights and steps of all magnitudes: most below one rounding, some far above.
+    rng = np.random.default_rng(1)
+    start = rng.normal(size=400) * 10.0 ** rng.uniform(-3, 1, size=400)
+    start[:8] = 0.0
+    size = np.abs(start) * 10.0 ** rng.uniform(-4, 0.5, size=400) + 1e-3
+    steps = rng.normal(size=(2 * CYCLES, 400)) * size + 0.1 * size
+    start, steps = start.astype(dtype), steps.astype(dtype)
+    # A power of two, so that contracting product and sum rounds no differently.
+    alpha = 0.25
+    expected = simulate(start, steps, 2, alpha)
+
+    tx = lookahead(optax.sgd(1.0), 2, alpha, slow_dtype="float32")
+    update = jax.jit(tx.update)
+    params = jnp.asarray(start)
+    state = tx.init(params)
+    for step, (p, phi) in zip(steps, expected, strict=True):
+        updates, state = update(-step, state, params)
+        params = optax.apply_updates(params, updates)
+        np.testing.assert_array_equal(bits(params), bits(p))
+        np.testing.assert_array_equal(bits(state.slow_params), bits(phi))
+
+
+def test_an_outer_optimizer_moves_the_wide_copy_in_its_precision():
+    nesterov = optax.sgd(0.02, momentum=0.9, nesterov=True)
+    tx = outer_loop(optax.sgd(1.0), nesterov, 2, slow_dtype="float32")
+    params, state = last(tx, jnp.ones(3, BF16), one_ulp_up, 2 * CYCLES)
+    assert {x.dtype for x in jax.tree.leaves(state.outer_state)} == {
+        jnp.dtype("float32")
+    }
+    phi, trace = 1.0, 0.0
+    for _ in range(CYCLES):
+        pseudo_grad = -2 * ULP
+        trace = pseudo_grad + 0.9 * trace
+        phi -= 0.02 * (pseudo_grad + 0.9 * trace)
+    assert phi < 2.0  # one spacing of bfloat16 all the way
+    np.testing.assert_allclose(state.slow_params, phi, rtol=2e-5)
+    np.testing.assert_allclose(np.float64(params), phi, rtol=0.51 * ULP)
+    # In a narrow copy it gets stuck.
+    tx = outer_loop(optax.sgd(1.0), nesterov, 2)
+    params, _ = last(tx, jnp.ones(3, BF16), one_ulp_up, 2 * CYCLES)
+    assert abs(float(params[0]) - phi) > 10 * ULP
+
+
+def test_every_leaf_of_a_mixed_tree_is_treated_as_if_alone():
+    values = np.linspace(-2.0, 3.0, 7)
+    params = {
+        "bfloat16": jnp.asarray(values, BF16),
+        "float16": jnp.asarray(values, F16),
+        "float32": jnp.asarray(values, "float32"),
+        "complex64": jnp.asarray(values + 1j, "complex64"),
+        "int32": jnp.arange(7),
+    }
+
+    def gradient(params, step):
+        return jax.tree.map(lambda p: (p / 4).astype(p.dtype), params)
+
+    tx = lookahead(optax.sgd(0.125), 2, 0.2, slow_dtype="float32")
+    visited = trajectory(tx, params, gradient, 9)
+    wide = {name: jnp.dtype("float32") for name in ("bfloat16", "float16", "float32")}
+    wide |= {name: jnp.dtype(name) for name in ("complex64", "int32")}
+    for name, p in params.items():
+        alone = trajectory(tx, p, gradient, 9)
+        for (p, state), (all_params, all_states) in zip(alone, visited, strict=True):
+            assert state.slow_params.dtype == wide[name]
+            np.testing.assert_array_equal(all_params[name], p)
+            np.testing.assert_array_equal(
+                all_states.slow_params[name], state.slow_params
+            )
+
+
+def test_complex_parameters_have_a_wide_copy_too(x64):
+    start = jnp.full(3, 1 + 1j, "complex64")
+    tiny = 0.3 * float(np.finfo(np.float32).eps)
+    tx = lookahead(optax.sgd(1.0), 1, 1.0, slow_dtype="float64")
+    step = jnp.full(3, tiny * (1 - 2j), "complex64")
+    params, state = last(tx, start, lambda p, i: -step, CYCLES)
+    assert (params.dtype, state.slow_params.dtype) == ("complex64", "complex128")
+    moved = CYCLES * np.complex128(step)
+    np.testing.assert_allclose(state.slow_params - (1 + 1j), moved, rtol=1e-6)
+    assert np.all(params != start)
+
+
+# Other weights, loaded at the start of a cycle.
+
+
+def after_three_cycles(dtype, size=200):
+    rng = np.random.default_rng(2)
+    start = rng.normal(size=size) * 10.0 ** rng.uniform(-3, 2, size=size)
+    params = jnp.asarray(start, dtype)
+    tx = lookahead(optax.sgd(0.1), 2, 0.3, slow_dtype="float32")
+    rows = jnp.asarray(rng.normal(size=(6, size)) * np.abs(start), dtype)
+    return tx, *last(tx, params, lambda p, i: rows[i], 6)
+
+
+@NARROW
+def test_parameters_that_nobody_touched_keep_the_bits_of_the_slow_weights(dtype):
+    tx, params, state = after_three_cycles(dtype)
+    wide = slow_params(state, params, wide=True)
+    np.testing.assert_array_equal(wide, state.slow_params)
+    assert np.mean(np.float32(params) != np.asarray(wide)) > 0.9  # bits there are
+    _, later = tx.update(jnp.zeros_like(params), state, params)
+    np.testing.assert_array_equal(bits(later.slow_params), bits(state.slow_params))
+
+
+@NARROW
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_parameters_that_were_replaced_are_taken(dtype, sign):
+    tx, params, state = after_three_cycles(dtype)
+    spacing = np.spacing(np.abs(np.asarray(params))).astype(np.float64)
+    loaded = jnp.asarray(np.float64(params) + 3 * sign * spacing, dtype)
+    wide = slow_params(state, loaded, wide=True)
+    np.testing.assert_array_equal(wide, np.float32(loaded))
+    _, later = tx.update(jnp.zeros_like(params), state, loaded)
+    np.testing.assert_array_equal(later.slow_params, np.float32(loaded))
+    # Within a cycle they are the fast weights' business.
+    _, later = tx.update(jnp.zeros_like(params), later, params)
+    assert later.steps_since_sync == 0
+    expected = np.float32(loaded) + 0.3 * (np.float32(params) - np.float32(loaded))
+    np.testing.assert_allclose(later.slow_params, expected, atol=0, rtol=1e-5)
+
+
+@NARROW
+def test_parameters_replaced_by_any_number_are_taken(dtype):
+    tx, params, state = after_three_cycles(dtype)
+    expected = np.array(state.slow_params)
+    expected[:6] = 0.0, np.nan, np.inf, -np.inf, 100.0, -0.5
+    loaded = params.at[:6].set(expected[:6].astype(dtype))
+    _, later = tx.update(jnp.zeros_like(params), state, loaded)
+    np.testing.assert_array_equal(later.slow_params, expected)
+
+
+def test_float16_weights_below_its_smallest_normal_number_keep_their_bits():
+    smallest = 2.0**-24
+    start = jnp.asarray([0.0, 3 * smallest, -8 * smallest], F16)
+    tx = lookahead(optax.sgd(1.0), 2, 0.2, slow_dtype="float32")
+    rise = jnp.full(3, -smallest, F16)
+    params, state = last(tx, start, lambda p, i: rise, 2 * CYCLES)
+    # The fast weights set out from a rounding of the slow ones, which stay near it.
+    exact = np.float64(start) + 0.2 * 2 * smallest * CYCLES
+    np.testing.assert_allclose(state.slow_params, exact, atol=1.01 * smallest)
+    np.testing.assert_allclose(params, exact, atol=1.51 * smallest)
+
+
+def test_bits_are_dropped_seldom_and_only_below_the_rounding_of_the_last_update():
+    # A step that carries a weight to nearly zero is rounded by more than the rounding
+    # of what is left, which then looks like a weight that was replaced.
+    rng = np.random.default_rng(3)
+    start = jnp.asarray(rng.normal(size=500), BF16)
+    target = jnp.asarray(rng.normal(size=500) * 0.1, BF16)
+    tx = lookahead(optax.adam(0.02), 5, 0.5, slow_dtype="float32")
+
+    def train_step(carry, step):
+        params, state = carry
+        noise = jax.random.normal(jax.random.fold_in(jax.random.key(0), step), (500,))
+        grads = (params - target + noise).astype(BF16)
+        updates, state = tx.update(grads, state, params)
+        carry = optax.apply_updates(params, updates), state
+        return carry, (carry[0], updates, state.slow_params)
+
+    steps = jnp.arange(5 * CYCLES)
+    _, visited = jax.lax.scan(train_step, (start, tx.init(start)), steps)
+    params, updates, phi = (np.float32(x[4::5]) for x in visited)
+    off = np.abs(params - phi)
+    dropped = off > eps(BF16) * np.abs(phi)
+    assert 0 < np.mean(dropped) < 0.01
+    assert np.all(off <= 0.51 * eps(BF16) * (np.abs(updates) + 2 * np.abs(phi)))
+
+
+# What it costs.
+
+
+def compile_step(tx, params):
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    donated = jax.jit(step, donate_argnums=(0, 1))
+    return donated.lower(params, tx.init(params), params)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda inner, **kwargs: lookahead(inner, 5, 0.5, **kwargs),
+        lambda inner, **kwargs: outer_loop(inner, optax.sgd(0.5, 0.9), 5, **kwargs),
+    ],
+    ids=["lookahead", "outer_loop"],
+)
+def test_where_the_slow_copy_is_no_wider_the_program_is_the_same(wrap, dtype):
+    params = [jnp.ones(1000, dtype), jnp.ones((3, 7), dtype)]
+    unused = compile_step(wrap(optax.adam(0.1)), params)
+    equal = compile_step(wrap(optax.adam(0.1), slow_dtype=dtype), params)
+    assert equal.as_text() == unused.as_text()
+    # The measure can tell.
+    wider = compile_step(wrap(optax.adam(0.1), slow_dtype="float32"), params)
+    assert (wider.as_text() == unused.as_text()) == (dtype == "float32")
+
+
+def test_the_wide_copy_is_written_in_place_and_costs_its_size():
+    params, inner = [jnp.full(80_000, i, BF16) for i in range(4)], optax.sgd(0.1)
+    tx = lookahead(inner, 5, 0.5, slow_dtype="float32")
+    alone = compile_step(inner, params).compile().memory_analysis()
+    ours = compile_step(tx, params).compile().memory_analysis()
+    extra = ours.argument_size_in_bytes - alone.argument_size_in_bytes
+    assert extra == 4 * 4 * 80_000 + 2 * 4
+    donated = sum(x.nbytes for x in jax.tree.leaves((params, tx.init(params))))
+    assert ours.alias_size_in_bytes == donated
+    assert ours.temp_size_in_bytes - alone.temp_size_in_bytes < 1000
+
+
+# Reading, saving and loops.
+
+
+def noisy(params, step):
+    def leaf(p):
+        noise = jax.random.normal(jax.random.fold_in(jax.random.key(4), step), p.shape)
+        return (p + 0.1 * noise.astype(p.dtype)).astype(p.dtype)
+
+    return jax.tree.map(leaf, params)
+
+
+TREE = {
+    "w": jnp.asarray(np.random.default_rng(5).normal(size=(4, 3)), BF16),
+    "b": jnp.asarray([0.5, -1.5, 0.25], BF16),
+}
+TX = lookahead(optax.adam(0.01), 3, 0.3, slow_dtype="float32")
+AROUND = {
+    "chain": optax.chain(optax.clip(1.0), TX),
+    "flatten": optax.flatten(TX),
+    "masked": optax.masked(TX, {"w": True, "b": False}),
+    "partition": optax.partition({"x": TX, "y": TX}, {"w": "x", "b": "y"}),
+}
+
+
+@pytest.mark.parametrize("name", AROUND)
+def test_slow_params_are_of_the_parameters_dtype_and_wide_on_request(name):
+    visited = trajectory(AROUND[name], TREE, noisy, 7, jax.jit)
+    for step, (params, state) in enumerate(visited, start=1):
+        slow, wide = slow_params(state, params), slow_params(state, params, wide=True)
+        for leaf, p in params.items():
+            assert slow[leaf].dtype == BF16
+            has_copy = name != "masked" or leaf == "w"
+            assert wide[leaf].dtype == ("float32" if has_copy else BF16)
+            np.testing.assert_array_equal(
+                bits(slow[leaf]), bits(np.asarray(wide[leaf]).astype(BF16))
+            )
+            if step % 3 == 0:
+                np.testing.assert_array_equal(bits(slow[leaf]), bits(p))
+                if has_copy:
+                    assert np.any(np.float32(p) != np.asarray(wide[leaf]))
+
+
+def test_an_nnx_optimizer_keeps_a_wide_copy_too():
+    model = nnx.Linear(3, 4, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16)
+    optimizer = nnx.Optimizer(model, TX, wrt=nnx.Param)
+    x = jnp.ones((2, 3), jnp.bfloat16)
+
+    @nnx.jit
+    def train_step(model, optimizer):
+        optimizer.update(model, nnx.grad(lambda m: jnp.sum(m(x) ** 2))(model))
+
+    for step in range(1, 5):
+        train_step(model, optimizer)
+        params = nnx.state(model, nnx.Param)
+        slow = slow_params(optimizer.opt_state, params)
+        wide = slow_params(optimizer.opt_state, params, wide=True)
+        assert {s.dtype for s in jax.tree.leaves(slow)} == {jnp.dtype("bfloat16")}
+        assert {s.dtype for s in jax.tree.leaves(wide)} == {jnp.dtype("float32")}
+        if step % 3 == 0:
+            jax.tree.map(
+                lambda s, p: np.testing.assert_array_equal(bits(s), bits(p)),
+                slow,
+                params,
+            )
+
+
+@pytest.mark.parametrize("at", [4, 6], ids=["within a cycle", "after a sync"])
+def test_a_pickled_wide_copy_continues_bit_for_bit(at):
+    train_step = jax.jit(
+        lambda params, state, step: TX.update(noisy(params, step), state, params)
+    )
+
+    def run(params, state, steps):
+        for step in steps:
+            updates, state = train_step(params, state, step)
+            params = optax.apply_updates(params, updates)
+        return params, state
+
+    saved = run(TREE, TX.init(TREE), range(at))
+    restored = pickle.loads(pickle.dumps(jax.device_get(saved)))
+    restored = jax.tree.map(jnp.asarray, restored)
+    for x, y in zip(
+        jax.tree.leaves(run(*restored, range(at, 13))),
+        jax.tree.leaves(run(*saved, range(at, 13))),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(bits(x), bits(y))
+
+
+def test_donated_steps_share_one_trace():
+    traces = []
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def train_step(params, state, step):
+        traces.append(step)
+        updates, state = TX.update(noisy(params, step), state, params)
+        return optax.apply_updates(params, updates), state
+
+    params = jax.tree.map(jnp.copy, TREE)
+    state = TX.init(params)
+    in_scan = scanned(TX, TREE, noisy, 7)
+    for step in range(7):
+        old = jax.tree.leaves((params, state))
+        params, state = train_step(params, state, jnp.asarray(step))
+        assert all(x.is_deleted() for x in old)
+        jax.tree.map(
+            lambda x, y, step=step: np.testing.assert_allclose(
+                np.float32(x), np.float32(y[step]), rtol=2e-2, atol=1e-3
+            ),
+            (params, state.slow_params),
+            (in_scan[0], in_scan[1].slow_params),
+        )
+    assert len(traces) == 1
