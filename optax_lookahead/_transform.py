@@ -267,10 +267,11 @@ def _cycles(
         step_size: Any = alpha(state.sync_count) if callable(alpha) else alpha
         if outer is None:
             outer_state = state.outer_state
-            # Not `g - alpha * g`: this form is exact at alpha = 1.
+            # Not `g - alpha * g`: this form is exact at alpha = 1. A wide slow weight
+            # is itself what moves, by `-alpha * g`.
             backs = [
-                None if g is None else jnp.asarray(whole - step_size, g.dtype) * g
-                for g, whole in zip(gs, [0 if w else 1 for w in wider], strict=True)
+                None if g is None else jnp.asarray(int(not w) - step_size, g.dtype) * g
+                for g, w in zip(gs, wider, strict=True)
             ]
         else:
             check_reserved(extra_args, FastSide)
