@@ -61,7 +61,7 @@ def step_if(
             values[var] = jnp.where(condition, x, arises[var]) if var in arises else x
 
     def leaf(var, o):
-        # A literal is not hashable. One array as two leaves has one of their old values.
+        # A literal is not hashable, and an array that is two leaves has one's old value.
         if not isinstance(var, Literal) and arises.get(var) is o:
             return values[var]
         return select(condition, read(var), o)
