@@ -61,7 +61,7 @@ def step_if(
             values[var] = jnp.where(condition, x, arises[var]) if var in arises else x
 
     def leaf(var, o):
-        # A literal is not hashable, and an array that is two leaves has one's old value.
+        # No literal is hashable. What is two leaves has the old value of one of them.
         if not isinstance(var, Literal) and arises.get(var) is o:
             return values[var]
         return select(condition, read(var), o)
