@@ -56,7 +56,12 @@ ADAMW = (
 # Inner optimizer, outer optimizer, k: the published settings where there are some.
 RECURRENCES = {
     "Lookahead": (MOMENTUM, optax.sgd(0.5), reference.sgd(0.5), 5),
-    "SNOO, modded-nanogpt": (ADAMW, nesterov(0.68, 0.37), reference.snoo(0.68, 0.37), 28),
+    "SNOO, modded-nanogpt": (
+        ADAMW,
+        nesterov(0.68, 0.37),
+        reference.snoo(0.68, 0.37),
+        28,
+    ),
     "SNOO, k = 1": (SGD, nesterov(0.8, 0.75), reference.snoo(0.8, 0.75), 1),
     "DiLoCo": (ADAMW, nesterov(0.7, 0.9), reference.snoo(0.7, 0.9), 50),
     "DiLoCo-1": (ADAMW, nesterov(0.7, 0.8), reference.muloco(0.7, 0.8), 30),
@@ -133,7 +138,12 @@ def slowmo_deviation(outer):
         return -base_rate(memory["step"] // 4) * g
 
     expected = reference.outer_loop(
-        inner_reference, reference.slowmo(0.9, 0.6, base_rate), numpy_gradient, START, 4, 6
+        inner_reference,
+        reference.slowmo(0.9, 0.6, base_rate),
+        numpy_gradient,
+        START,
+        4,
+        6,
     )
     return deviation(params, [theta for theta, _ in expected])
 
@@ -149,7 +159,10 @@ def test_heavy_ball_is_slowmo_only_while_the_base_learning_rate_is_constant(x64)
 
 
 MULTILAYER = {
-    "Lookahead": ((optax.sgd(0.6), optax.sgd(0.5)), tuple(map(reference.sgd, (0.6, 0.5)))),
+    "Lookahead": (
+        (optax.sgd(0.6), optax.sgd(0.5)),
+        tuple(map(reference.sgd, (0.6, 0.5))),
+    ),
     "Nesterov": (
         (nesterov(0.7, 0.3), nesterov(0.8, 0.4)),
         (reference.snoo(0.7, 0.3), reference.snoo(0.8, 0.4)),
