@@ -52,7 +52,7 @@ def step_if(
         params = primitive.get_bind_params(equation.params)
         # A pair until jax 0.10, which put the functions among the parameters.
         functions, params = params if isinstance(params, tuple) else ((), params)
-        # A context holds what the parameters don't, such as where to compute.
+        # The context holds what the parameters don't, such as the kind of random bits.
         with equation.ctx.manager:
             results = primitive.bind(*functions, *map(read, equation.invars), **params)
         if not primitive.multiple_results:

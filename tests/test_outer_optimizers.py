@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.experimental.compute_on import compute_on
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from meshes import make_mesh, use_mesh
 from training import scanned, trajectory, two_loops_with_outer
@@ -94,16 +93,6 @@ def differentiating(updates, state):
     return scaled(jax.grad(jax.checkpoint(loss))(new)), new
 
 
-def on_the_host(updates, state):
-    @compute_on("device_host")
-    @jax.jit
-    def step(updates, state):
-        return jax.tree.map(lambda g, t: g + 0.5 * t, updates, state)
-
-    new = step(updates, state)
-    return scaled(new), new
-
-
 def with_the_old_threefry(updates, state):
     with jax.threefry_partitionable(False):
         noise = jax.random.normal(state, (3, 4))
@@ -170,7 +159,6 @@ OUTERS = {
     "custom derivatives": of(zeros, with_custom_derivatives),
     "differentiates": of(zeros, differentiating),
     "loops": of(lambda params: jnp.zeros([]), scan_cond_and_while),
-    "computes on the host": of(zeros, on_the_host),
     "in another context": of(lambda params: jax.random.key(0), with_the_old_threefry),
     "calls back": of(lambda params: jnp.zeros([], jnp.int32), counting_on_the_host),
 }
