@@ -95,8 +95,9 @@ def differentiating(updates, state):
 
 def with_the_old_threefry(updates, state):
     with jax.threefry_partitionable(False):
-        noise = jax.random.normal(state, (3, 4))
-    return scaled(updates) | {"w": 0.1 * noise}, jax.random.split(state)[0]
+        key, subkey = jax.random.split(state)
+        noise = jax.random.normal(subkey, (3, 4))
+    return scaled(updates) | {"w": 0.1 * noise}, key
 
 
 def counting_on_the_host(updates, state):
