@@ -64,6 +64,11 @@ def twice_in_two_dtypes(updates, state):
     return scaled(new), (new, new)
 
 
+def narrowing(updates, state):
+    new = optax.tree.cast(optax.tree.add_scale(updates, 0.5, state), jnp.bfloat16)
+    return optax.tree.cast(scaled(new), jnp.float32), new
+
+
 def scan_cond_and_while(updates, state):
     norm = optax.tree.norm(updates)
     total, _ = jax.lax.scan(lambda t, x: (0.5 * t + x, None), state, jnp.ones(3) * norm)
@@ -151,10 +156,11 @@ OUTERS = {
         lambda params: (optax.tree.cast(params, jnp.bfloat16), zeros(params)),
         twice_in_two_dtypes,
     ),
-    "of another dtype": of(
+    "made wider": of(
         lambda params: optax.tree.cast(zeros(params), jnp.bfloat16),
-        lambda g, s: (scaled(g), g),
+        lambda g, s: (scaled(g), optax.tree.add_scale(g, 0.5, s)),
     ),
+    "made narrower": of(zeros, narrowing),
     "jitted": of(zeros, jax.jit(its_own_new_state)),
     "twice, jitted": of(lambda params: (zeros(params), params), jax.jit(twice)),
     "custom derivatives": of(zeros, with_custom_derivatives),

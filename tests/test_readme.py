@@ -300,6 +300,10 @@ def test_only_upstream_fast_and_slow_weights_differ_after_a_sync():
 
 def test_the_picture_and_the_files_that_it_points_to_exist():
     root = pathlib.Path(__file__).parent.parent
-    links = re.findall(r"\]\((?!https?:)([^)]+)\)", README)
+    links = re.findall(r"\]\((?!https?:|#)([^)]+)\)", README)
     assert "examples/digits.png" in links
     assert [link for link in links if not (root / link).exists()] == []
+    headings = [
+        h.lower().replace(" ", "-") for h in re.findall(r"^#+ (.+)", README, re.M)
+    ]
+    assert set(re.findall(r"\]\(#([^)]+)\)", README)) <= set(headings)
