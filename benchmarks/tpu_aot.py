@@ -37,7 +37,7 @@ import optax
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from optax_lookahead import lookahead
+from optax_lookahead import lookahead, outer_loop
 
 SLICES = ("2x2", "4x4", "8x8", "16x16")
 # How many times as wide as on four chips, for a number of chips.
@@ -46,6 +46,7 @@ MODELS: dict[str, Callable[[int], int]] = {
     "fixed": lambda _: 1,
 }
 LAYERS = 18
+NO_LIBTPU = 3  # exit status, unlike that of a defect
 
 
 def float32_moments(inner: optax.GradientTransformation) -> Any:
@@ -89,11 +90,15 @@ def on_host(tx: optax.GradientTransformation) -> optax.GradientTransformation:
 
 
 K, ALPHA = 5, 0.5
-UPSTREAM, OFFLOADED = "optax.lookahead", "optax_lookahead, slow on host"
+OURS, UPSTREAM = "optax_lookahead", "optax.lookahead"
+OFFLOADED, NESTEROV = f"{OURS}, slow on host", f"{OURS}, Nesterov outer"
 FORMS: dict[str, Callable[[Any], Any]] = {
     "inner alone": lambda inner: inner,
-    "optax_lookahead": lambda inner: lookahead(inner, K, ALPHA),
+    OURS: lambda inner: lookahead(inner, K, ALPHA),
     OFFLOADED: lambda inner: on_host(lookahead(inner, K, ALPHA)),
+    NESTEROV: lambda inner: outer_loop(
+        inner, optax.sgd(0.7, momentum=0.9, nesterov=True), K
+    ),
     UPSTREAM: lambda inner: optax.lookahead(inner, K, ALPHA),
 }
 
@@ -262,13 +267,29 @@ def load_libtpu() -> None:
         topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
     except Exception as error:
         reason = str(error).splitlines()[0]
-        sys.exit(f'{reason} Run `python -m pip install -e ".[tpu-aot]"`.')
+        print(f'{reason} Run `python -m pip install -e ".[tpu-aot]"`.', file=sys.stderr)
+        sys.exit(NO_LIBTPU)
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         # One line, without argparse's usage before it.
         self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def check_claim(counts: dict[tuple[str, str, str, str], Counts]) -> None:
+    """Raises unless lookahead adds 2 N and nothing else to every inner optimizer."""
+    for (model, inner, form, slice_name), ours in counts.items():
+        alone = counts[model, inner, "inner alone", slice_name]
+        if form != OURS:
+            continue
+        where = f"{model}, {inner}, {slice_name}"
+        if abs(ours.hbm - alone.hbm - 2) > 0.005:
+            raise AssertionError(f"{where}: {ours.hbm - alone.hbm:.3f} N, not 2")
+        if ours.collectives != alone.collectives:
+            raise AssertionError(f"{where}: {ours.collectives} collectives")
+        if not alone.temporary and ours.temporary:
+            raise AssertionError(f"{where}: {ours.temporary:.3f} N of temporaries")
 
 
 def main() -> None:
@@ -310,6 +331,7 @@ def main() -> None:
         columns = zip(*(counts[*row, slice_name] for slice_name in slices), strict=True)
         cells = map(cell, columns)
         print(f"| {' | '.join([*row, *cells])} |")
+    check_claim(counts)
 
 
 if __name__ == "__main__":

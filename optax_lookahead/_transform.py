@@ -341,7 +341,8 @@ def _once_there(g, p, start):
     # Where the whole training step is one program, XLA's CPU backend would otherwise
     # write the slow weights first of all, while the backward pass still has to read
     # the parameters, and keep a copy of all of them for that.
-    if g is None or jnp.shape(g) != jnp.shape(p) or not _is_inexact(g):
+    # Of another type, which also tells what differs between devices, it would spread.
+    if not hasattr(g, "dtype") or jax.typeof(g) != jax.typeof(p) or not _is_inexact(g):
         return start
     return start | ((g == g) & (g != g))
 

@@ -16,7 +16,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from meshes import make_mesh, reshard, use_mesh
 
-from optax_lookahead import lookahead, slow_params
+from optax_lookahead import lookahead, outer_loop, slow_params
 
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 K, STEPS = 3, 9
@@ -175,6 +175,29 @@ def test_a_run_in_shard_map_is_the_run_on_one_device(gradient, check_vma):
     for got, expected in zip(visited, one_device(), strict=True):
         assert_sharded_alike(got[1].slow_params, got[0])
         assert_close(got, expected)
+
+
+def test_gradients_that_the_inner_optimizer_averages_leave_the_state_replicated():
+    mean = optax.stateless(lambda updates, _: jax.lax.pmean(updates, "data"))
+    mesh = make_mesh({"data": 8}, AUTO)
+
+    def updated(tx):
+        def step(params, state, batch):
+            updates, state = tx.update(jax.tree.map(jnp.sum, batch), state, params)
+            return optax.apply_updates(params, updates), state
+
+        # Which JAX checks here: the state may not depend on one device's batch.
+        step = jax.shard_map(
+            step, mesh=mesh, in_specs=(P(), P(), P("data")), out_specs=P()
+        )
+        params, batch = {"w": jnp.ones(())}, {"w": jnp.arange(8.0)}
+        return jax.jit(step)(params, tx.init(params), batch)
+
+    inner = optax.chain(mean, optax.sgd(0.1))
+    for tx in (lookahead(inner, 1, 0.5), outer_loop(inner, optax.sgd(0.5), 1)):
+        params, state = updated(tx)
+        np.testing.assert_allclose(params["w"], 1 - 0.5 * 0.1 * 3.5, rtol=1e-6)
+        np.testing.assert_array_equal(params["w"], state.slow_params["w"])
 
 
 def state_shardings(params, shardings):

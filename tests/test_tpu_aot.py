@@ -83,7 +83,7 @@ def test_without_libtpu_the_script_says_so_in_one_line(tmp_path):
         check=False,
         env=env,
     )
-    assert result.returncode == 1
+    assert result.returncode == 3
     assert result.stdout == ""
     assert result.stderr.count("\n") == 1
     assert "tpu-aot" in result.stderr
