@@ -7,6 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Literal
 
+from ._state import select
+from ._validation import check_outer_state
+
 
 def step_if(
     condition: jax.typing.ArrayLike,
@@ -24,13 +27,19 @@ def step_if(
     state from there on, it makes of the selected one: where it counts, the same.
     """
     closed, shapes = jax.make_jaxpr(update, return_shape=True)(state)
+    check_outer_state(shapes[1], state)
     jaxpr, old = closed.jaxpr, jax.tree.leaves(state)
     outputs = jaxpr.outvars[len(jaxpr.outvars) - len(old) :]
+    # Not what comes in, such as parameters that the new state remembers, or an old
+    # leaf in another place.
+    made = {var for equation in jaxpr.eqns for var in equation.outvars}
     arises = {
         var: x
         for var, x in zip(outputs, old, strict=True)
         # Of another dtype it would not fit the equations that follow.
-        if not isinstance(var, Literal) and var.aval.dtype == jnp.result_type(x)
+        if not isinstance(var, Literal)
+        and var in made
+        and var.aval.dtype == jnp.result_type(x)
     }
     values = dict(zip(jaxpr.constvars, closed.consts, strict=True))
     values |= zip(jaxpr.invars, old, strict=True)
@@ -43,17 +52,19 @@ def step_if(
         params = primitive.get_bind_params(equation.params)
         # A pair until jax 0.10, which put the functions among the parameters.
         functions, params = params if isinstance(params, tuple) else ((), params)
-        results = primitive.bind(*functions, *map(read, equation.invars), **params)
+        # The context holds what the parameters don't, such as the kind of random bits.
+        with equation.ctx.manager:
+            results = primitive.bind(*functions, *map(read, equation.invars), **params)
         if not primitive.multiple_results:
             results = [results]
         for var, x in zip(equation.outvars, results, strict=True):
             values[var] = jnp.where(condition, x, arises[var]) if var in arises else x
 
-    step, new = jax.tree.unflatten(jax.tree.structure(shapes), map(read, jaxpr.outvars))
-    return step, jax.tree.unflatten(
-        jax.tree.structure(state),
-        [
-            x if arises.get(var) is o else jnp.where(condition, x, o).astype(o.dtype)
-            for var, x, o in zip(outputs, jax.tree.leaves(new), old, strict=True)
-        ],
-    )
+    def leaf(var, o):
+        # No literal is hashable. What is two leaves has the old value of one of them.
+        if not isinstance(var, Literal) and arises.get(var) is o:
+            return values[var]
+        return select(condition, read(var), o)
+
+    step, _ = jax.tree.unflatten(jax.tree.structure(shapes), map(read, jaxpr.outvars))
+    return step, jax.tree.unflatten(jax.tree.structure(state), map(leaf, outputs, old))

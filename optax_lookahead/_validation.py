@@ -154,6 +154,25 @@ def check_outer_updates(outer_updates: Any, pseudo_grads: Any) -> None:
             )
 
 
+def check_outer_state(new: Any, state: Any) -> None:
+    """Raises unless the outer optimizer returned a state like what it was given."""
+    got, expected = jax.tree.structure(new), jax.tree.structure(state)
+    if got != expected:
+        raise ValueError(
+            "`outer` must return a state with the tree that it is given, got "
+            f"{got} where {expected} was given. Use an optimizer that keeps the tree."
+        )
+    for (path, x), old in zip(
+        jax.tree.leaves_with_path(new), jax.tree.leaves(state), strict=True
+    ):
+        if not _same_shape(x, old):
+            raise ValueError(
+                "`outer` must return a state with the shapes that it is given, got "
+                f"{jnp.shape(x)} where {describe_path(path)} has {jnp.shape(old)}. Use "
+                "an optimizer that keeps the shapes."
+            )
+
+
 def check_params(params: Any, slow_params: Any) -> None:
     """Raises unless `params` has the tree, shapes and place of the slow weights."""
     if params is None:

@@ -16,8 +16,9 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
+from training import scanned
 
-from optax_lookahead import lookahead
+from optax_lookahead import lookahead, slow_params
 
 README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
@@ -146,8 +147,30 @@ def test_recipe_that_resumes_here_and_on_a_mesh_and_turns_lookahead_off_and_on(
     train_step(namespace["params"], turned_on)
 
 
+DESCENDANTS = (
+    "snoo", "diloco_1", "muloco_1", "slowmo", "multilayer", "minmax", "airbench"
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DESCENDANTS)
+def test_the_line_for_a_descendant_trains(name):
+    namespace = {}
+    exec(BLOCKS[9], namespace)
+    made = {
+        name: value
+        for name, value in namespace.items()
+        if isinstance(value, optax.GradientTransformationExtraArgs)
+    }
+    assert set(made) - {"sgd", "adamw"} == set(DESCENDANTS)
+    start, tx = {"w": jnp.eye(2, 3), "b": jnp.ones(())}, made[name]
+    params, state = scanned(tx, start, lambda params, step: params, 100)
+    assert state.sync_count[-1] >= 2
+    slow = slow_params(*(jax.tree.map(lambda x: x[-1], x) for x in (state, params)))
+    assert 0.0 < optax.tree.norm(slow) < optax.tree.norm(start)
+
+
 def test_no_other_python_block_stands_untested():
-    assert len(BLOCKS) == 9
+    assert len(BLOCKS) == 10
 
 
 @pytest.mark.parametrize("extra", ["examples", "test"])
@@ -277,6 +300,10 @@ def test_only_upstream_fast_and_slow_weights_differ_after_a_sync():
 
 def test_the_picture_and_the_files_that_it_points_to_exist():
     root = pathlib.Path(__file__).parent.parent
-    links = re.findall(r"\]\((?!https?:)([^)]+)\)", README)
+    links = re.findall(r"\]\((?!https?:|#)([^)]+)\)", README)
     assert "examples/digits.png" in links
     assert [link for link in links if not (root / link).exists()] == []
+    headings = [
+        h.lower().replace(" ", "-") for h in re.findall(r"^#+ (.+)", README, re.M)
+    ]
+    assert set(re.findall(r"\]\(#([^)]+)\)", README)) <= set(headings)

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from optax_lookahead import lookahead, slow_params
+from optax_lookahead import lookahead, outer_loop, slow_params
 
 PARAMS = {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}
 TX = lookahead(optax.sgd(0.1))
@@ -174,3 +174,165 @@ def test_slow_params_of_two_lookaheads_that_claim_the_same_parameter():
 def test_slow_params_of_other_parameters(params, difference):
     with pytest.raises(ValueError, match=re.escape(TREE_RULE.format(difference))):
         slow_params(STATE, params)
+
+
+# What only `outer_loop`, `inner_state` and `slow_dtype` can get wrong.
+
+
+def constant(updates, state=lambda state: state):
+    """Returns an outer optimizer of `updates`, which changes its state by `state`."""
+    return optax.GradientTransformation(
+        lambda params: {"m": jnp.zeros(3)},
+        lambda g, s, params=None: (updates, state(s)),
+    )
+
+
+def update_with(outer):
+    tx = outer_loop(optax.sgd(0.1), outer, 2)
+    return tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+
+
+def test_an_outer_that_was_not_called():
+    message = "`outer` must be an Optax gradient transformation, got <function adam"
+    remedy = "Write for example `outer_loop(inner, optax.sgd(0.5), k)`."
+    with pytest.raises(TypeError, match=f"{message}.*{re.escape(remedy)}"):
+        outer_loop(optax.adam(0.1), optax.adam, 5)
+
+
+def test_a_step_size_as_outer():
+    message = "`outer` must be an Optax gradient transformation, got 0.5. Write"
+    with pytest.raises(TypeError, match=re.escape(message)):
+        outer_loop(optax.adam(0.1), 0.5, 5)
+
+
+def test_an_outer_multi_steps_object():
+    remedy = "Write `outer.gradient_transformation()`."
+    with pytest.raises(TypeError, match=re.escape(remedy)):
+        outer_loop(optax.sgd(0.1), optax.MultiSteps(optax.adam(0.1), 2), 5)
+
+
+def test_outer_loop_checks_inner_and_k_too():
+    with pytest.raises(TypeError, match="`inner` must be an Optax gradient"):
+        outer_loop(optax.adam, optax.sgd(0.5), 5)
+    with pytest.raises(ValueError, match=re.escape(K_RULE.format(0))):
+        outer_loop(optax.sgd(0.1), optax.sgd(0.5), 0)
+    tx = outer_loop(optax.sgd(0.1), optax.sgd(0.5), 5)
+    with pytest.raises(ValueError, match="`params` must be the current parameters"):
+        tx.update(PARAMS, tx.init(PARAMS))
+
+
+def test_an_outer_that_returns_another_tree():
+    message = (
+        "`outer` must return updates with the tree that it is given, got "
+        "PyTreeDef({'w': *}) where PyTreeDef({'b': *, 'w': *}) was given. "
+        "Use an optimizer that keeps the tree."
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        update_with(constant({"w": PARAMS["w"]}))
+
+
+def test_an_outer_that_returns_other_shapes():
+    message = (
+        "`outer` must return updates with the shapes that it is given, got () where "
+        "['b'] has (3,). Use an optimizer that keeps the shapes."
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        update_with(constant(PARAMS | {"b": jnp.ones(())}))
+
+
+def test_an_outer_that_returns_another_state():
+    message = (
+        "`outer` must return a state with the tree that it is given, got "
+        "PyTreeDef({'m': *, 'n': *}) where PyTreeDef({'m': *}) was given. "
+        "Use an optimizer that keeps the tree."
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        update_with(constant(PARAMS, lambda state: state | {"n": jnp.zeros(3)}))
+
+
+def test_an_outer_that_returns_a_state_of_other_shapes():
+    message = (
+        "`outer` must return a state with the shapes that it is given, got (2, 3) "
+        "where ['m'] has (3,). Use an optimizer that keeps the shapes."
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        update_with(constant(PARAMS, lambda state: {"m": jnp.zeros((2, 3))}))
+
+
+def test_an_extra_argument_that_hides_what_the_outer_optimizer_is_told():
+    tx = outer_loop(optax.sgd(0.1), optax.sgd(0.5), 2)
+    message = (
+        "`fast` must not be an extra argument of `update`, got 1.0: `outer_loop` tells "
+        "the outer optimizer about the inner step by this name. Rename the argument."
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        tx.update(PARAMS, tx.init(PARAMS), PARAMS, fast=1.0)
+
+
+def test_an_extra_argument_named_fast_is_nothing_special_to_lookahead():
+    TX.update(PARAMS, STATE, PARAMS, fast=1.0)
+
+
+def test_outer_loop_has_nothing_to_interpolate_by():
+    message = (
+        "`inner_state` of `outer_loop` must be 'keep' or 'reset', got 'interpolate': "
+        "an outer optimizer has no fraction to move by. Write `lookahead(inner, k, "
+        "alpha, inner_state='interpolate')`."
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        outer_loop(optax.sgd(0.1), optax.sgd(0.5), 2, inner_state="interpolate")
+
+
+@pytest.mark.parametrize("inner_state", ["pullback", "Reset", "", None, True, ["keep"]])
+def test_an_inner_state_that_no_sync_knows(inner_state):
+    message = (
+        f"`inner_state` must be 'keep', 'reset' or 'interpolate', got {inner_state!r}. "
+        "Write what a sync is to do to the inner state."
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        lookahead(optax.sgd(0.1), inner_state=inner_state)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        outer_loop(optax.sgd(0.1), optax.sgd(0.5), 2, inner_state=inner_state)
+
+
+@pytest.mark.parametrize("slow_dtype", [jnp.int32, bool, "f32x", 32, "complex64"])
+def test_a_slow_dtype_that_is_not_floating(slow_dtype):
+    message = (
+        f"`slow_dtype` must be a floating dtype or None, got {slow_dtype!r}. "
+        "Write for example `slow_dtype='float32'`."
+    )
+    with pytest.raises(TypeError, match=re.escape(message)):
+        lookahead(optax.sgd(0.1), slow_dtype=slow_dtype)
+    with pytest.raises(TypeError, match=re.escape(message)):
+        outer_loop(optax.sgd(0.1), optax.sgd(0.5), 2, slow_dtype=slow_dtype)
+
+
+@pytest.mark.parametrize("slow_dtype", ["float64", jnp.float64, np.dtype("float64")])
+def test_a_slow_dtype_that_is_not_turned_on(slow_dtype):
+    message = (
+        "`slow_dtype` must be a dtype that JAX has turned on, got float64. "
+        "Set `jax.config.update('jax_enable_x64', True)` or write 'float32'."
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        lookahead(optax.sgd(0.1), slow_dtype=slow_dtype)
+
+
+@pytest.mark.parametrize(
+    ("slow_dtype", "dtype"),
+    [
+        ("bfloat16", "float32"),
+        ("float16", "float32"),
+        ("float16", "bfloat16"),  # of a smaller range
+        ("bfloat16", "float16"),  # of fewer bits
+        ("bfloat16", "complex64"),
+    ],
+)
+def test_a_slow_dtype_that_is_narrower_than_a_parameter(slow_dtype, dtype):
+    params = {"w": jnp.ones(2, dtype), "n": jnp.ones(2, int)}
+    message = (
+        "`slow_dtype` must be at least as wide as every parameter, got "
+        f"{slow_dtype} where ['w'] has {dtype}. Write a wider one, or None for the "
+        "parameters' own."
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        lookahead(optax.sgd(0.1), slow_dtype=slow_dtype).init(params)

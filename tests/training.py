@@ -53,3 +53,36 @@ def two_loops(inner, params, gradient, k, alpha, steps):
         slow = jax.tree.map(lambda phi, th: phi + alpha * (th - phi), slow, fast)
         visited[-1] = (slow, slow)
     return visited[:steps]
+
+
+def two_loops_with_outer(
+    inner, outer, params, gradient, k, steps, transform=jax.jit, **extra_args
+):
+    """Returns fast and slow weights and outer state after every step of two loops.
+
+    Here `outer` is called at the syncs only, by hand.
+    """
+    inner, outer = map(optax.with_extra_args_support, (inner, outer))
+
+    @transform
+    def inner_step(fast, state, step):
+        grads = gradient(fast, step)
+        updates, state = inner.update(grads, state, fast, **extra_args)
+        return optax.apply_updates(fast, updates), state
+
+    @transform
+    def outer_step(slow, state, fast):
+        s = jax.tree.map(jnp.subtract, slow, fast)
+        updates, state = outer.update(s, state, slow, **extra_args)
+        return optax.apply_updates(slow, updates), state
+
+    slow, visited = params, []
+    state, outer_state = inner.init(params), outer.init(params)
+    while len(visited) < steps:
+        fast = slow
+        for _ in range(k):
+            fast, state = inner_step(fast, state, jnp.asarray(len(visited)))
+            visited.append((fast, slow, outer_state))
+        slow, outer_state = outer_step(slow, outer_state, fast)
+        visited[-1] = slow, slow, outer_state
+    return visited[:steps]
