@@ -150,8 +150,9 @@ def outer_loop(
     Args:
       inner: The optimizer that takes the fast steps. Extra arguments of `update` are
         forwarded to it.
-      outer: The optimizer that takes the slow steps. Its state moves at syncs only, so
-        a schedule inside it counts syncs. It sees the floating and complex leaves of
+      outer: The optimizer that takes the slow steps. It is evaluated in every step,
+        and counts at a sync: its state moves only there, so a schedule inside it
+        counts syncs. It sees the floating and complex leaves of
         the parameters, the others as `optax.MaskedNode`. Extra arguments of `update`
         are forwarded to it, and one is added: `fast`, a tuple with the fields `grads`
         and `updates` (of the inner step that ends the cycle), `state` (of `inner`
@@ -169,8 +170,8 @@ def outer_loop(
     Raises:
       TypeError: As `lookahead`, and if `outer` is no gradient transformation.
       ValueError: As `lookahead`, and if `inner_state` is `"interpolate"`. `update`
-        raises it if `outer` returns another tree than it was given, or if an extra
-        argument is named `fast`.
+        raises it if `outer` returns updates or a state of another tree or other
+        shapes than it was given, or if an extra argument is named `fast`.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
@@ -253,10 +254,11 @@ def _cycles(
         ps, treedef = jax.tree.flatten(params)
         # Up to the leaves of `params`, since an update may be None.
         us = treedef.flatten_up_to(updates)
+        alike = jax.tree.structure(grads) == treedef
         phis = [
             phi_of_cycle(_once_there(g, p, start), p, phi)
             for g, p, phi in zip(
-                treedef.flatten_up_to(grads),
+                jax.tree.leaves(grads) if alike else [None] * len(ps),
                 ps,
                 treedef.flatten_up_to(state.slow_params),
                 strict=True,
