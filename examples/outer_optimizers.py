@@ -55,7 +55,7 @@ from tqdm import tqdm
 
 from optax_lookahead import lookahead, outer_loop
 
-CONTEXT, DEPTH = 32, 2
+CONTEXT = 32  # bytes in a window
 EVERY = 120  # updates, between evaluations
 THREADS = 2  # runs at a time, since one keeps little more than one core busy
 
@@ -97,7 +97,7 @@ METHODS = {
 }
 
 
-def make_run(method: Method, args: argparse.Namespace):
+def make_run(method: Method, graphdef: nnx.GraphDef, args: argparse.Namespace):
     """Returns a run of the method, which takes all that may vary as arrays.
 
     So the method is compiled once, for all its settings, rates and seeds.
@@ -111,21 +111,25 @@ def make_run(method: Method, args: argparse.Namespace):
         train_step(*model_and_optimizer, tokens)
         return model_and_optimizer
 
-    def run(setting, rate, key, batches, held_out):
+    def run(setting, rate, weights, batches, held_out):
         adamw = functools.partial(optax.adamw, lambda count: rate * shape(count))
-        model = LanguageModel(args.width, DEPTH, CONTEXT, nnx.Rngs(key))
-        tx = method.make(adamw, **setting)
+        model, tx = nnx.merge(graphdef, weights), method.make(adamw, **setting)
         optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
 
         @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=(nnx.Carry, 0))
         def train_and_evaluate(model_and_optimizer, batches):
             model_and_optimizer = train(model_and_optimizer, batches)
-            weights = method.weights(*model_and_optimizer)
-            return model_and_optimizer, evaluate(weights, held_out)
+            trained = method.weights(*model_and_optimizer)
+            return model_and_optimizer, evaluate(trained, held_out)
 
         return train_and_evaluate((model, optimizer), batches)[1]
 
     return jax.jit(run)
+
+
+def make_weights(seed: int, args: argparse.Namespace):
+    """Returns the form and the first weights of the model."""
+    return nnx.split(LanguageModel(args.width, args.depth, CONTEXT, nnx.Rngs(seed)))
 
 
 def make_batches(text: Text, seed: int, args: argparse.Namespace) -> np.ndarray:
@@ -139,8 +143,9 @@ def train_all(args: argparse.Namespace) -> dict[str, np.ndarray]:
     """Returns held-out losses by method, shape `[settings, rates, seeds, n]`."""
     text = load_text()
     held_out = held_out_windows(text, CONTEXT)
+    graphdef, _ = make_weights(0, args)
     seeds = [
-        (jax.random.key(seed), make_batches(text, seed, args))
+        (make_weights(seed, args)[1], make_batches(text, seed, args))
         for seed in range(args.seeds)
     ]
     losses = {}
@@ -158,7 +163,7 @@ def train_all(args: argparse.Namespace) -> dict[str, np.ndarray]:
                 )
             ]
             # Before the threads start, or each of them would compile it.
-            run = make_run(method, args).lower(*jobs[0]).compile()
+            run = make_run(method, graphdef, args).lower(*jobs[0]).compile()
             results = []
             for result in pool.map(lambda job, run=run: np.asarray(run(*job)), jobs):
                 results.append(result)
@@ -284,12 +289,13 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         help="learning rates of AdamW to try, in all methods",
     )
     parser.add_argument("--width", type=int, default=64, help="of the transformer")
+    parser.add_argument("--depth", type=int, default=2, help="transformer blocks")
     parser.add_argument("--batch", type=int, default=8, help="windows in an update")
     parser.add_argument(
         "--out", type=pathlib.Path, default="outer_optimizers.png", help="a PNG"
     )
     args = parser.parse_args(argv)
-    for name in ("steps", "seeds", "width", "batch"):
+    for name in ("steps", "seeds", "width", "depth", "batch"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}.")
     if args.steps % EVERY:
