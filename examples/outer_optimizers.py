@@ -15,7 +15,7 @@ AdamW's rate is warmed up and then decays to zero along a cosine. It prints the 
 losses, of the slow weights where there are such, and draws them.
 
     python examples/outer_optimizers.py
-    python examples/outer_optimizers.py --steps 2520 --batch 16 --rates 0.002 0.005 0.012
+    python examples/outer_optimizers.py --steps 2520 --batch 16 --rates 0.003 0.01
 """
 
 import argparse
@@ -37,13 +37,12 @@ from matplotlib.ticker import NullLocator
 from nnx_language_model import (
     BLUE,
     GREEN,
-    HEADS,
     ORANGE,
     LanguageModel,
     Parser,
     Text,
+    check_sizes_and_rates,
     evaluate,
-    grid,
     held_out_windows,
     load_text,
     train_step,
@@ -55,7 +54,6 @@ from tqdm import tqdm
 
 from optax_lookahead import lookahead, outer_loop
 
-CONTEXT = 32  # bytes in a window
 EVERY = 120  # updates, between evaluations
 THREADS = 2  # runs at a time, since one keeps little more than one core busy
 
@@ -127,26 +125,24 @@ def make_run(method: Method, graphdef: nnx.GraphDef, args: argparse.Namespace):
     return jax.jit(run)
 
 
-def make_weights(seed: int, args: argparse.Namespace):
-    """Returns the form and the first weights of the model."""
-    return nnx.split(LanguageModel(args.width, args.depth, CONTEXT, nnx.Rngs(seed)))
-
-
 def make_batches(text: Text, seed: int, args: argparse.Namespace) -> np.ndarray:
     rng = np.random.default_rng(seed)
-    starts = rng.integers(len(text.train) - CONTEXT, size=args.steps * args.batch)
-    batches = windows(text.train, starts, CONTEXT)
-    return batches.reshape(-1, EVERY, args.batch, CONTEXT + 1)
+    starts = rng.integers(len(text.train) - args.context, size=args.steps * args.batch)
+    batches = windows(text.train, starts, args.context)
+    return batches.reshape(-1, EVERY, args.batch, args.context + 1)
 
 
 def train_all(args: argparse.Namespace) -> dict[str, np.ndarray]:
     """Returns held-out losses by method, shape `[settings, rates, seeds, n]`."""
     text = load_text()
-    held_out = held_out_windows(text, CONTEXT)
-    graphdef, _ = make_weights(0, args)
-    seeds = [
-        (make_weights(seed, args)[1], make_batches(text, seed, args))
+    held_out = held_out_windows(text, args.context)
+    models = [
+        nnx.split(LanguageModel(args.width, args.depth, args.context, nnx.Rngs(seed)))
         for seed in range(args.seeds)
+    ]
+    seeds = [
+        (weights, make_batches(text, seed, args))
+        for seed, (_, weights) in enumerate(models)
     ]
     losses = {}
     groups = sum(len(method.settings) for method in METHODS.values()) * len(args.rates)
@@ -163,7 +159,7 @@ def train_all(args: argparse.Namespace) -> dict[str, np.ndarray]:
                 )
             ]
             # Before the threads start, or each of them would compile it.
-            run = make_run(method, graphdef, args).lower(*jobs[0]).compile()
+            run = make_run(method, models[0][0], args).lower(*jobs[0]).compile()
             results = []
             for result in pool.map(lambda job, run=run: np.asarray(run(*job)), jobs):
                 results.append(result)
@@ -174,7 +170,7 @@ def train_all(args: argparse.Namespace) -> dict[str, np.ndarray]:
 
 
 def best_of(losses: np.ndarray) -> tuple[int, int]:
-    """Returns the indices of the setting and the rate with the least mean at the end."""
+    """Returns the indices of the setting and the rate with the least mean."""
     # A run that diverged is the worst.
     means = np.nan_to_num(losses[..., -1].mean(axis=-1), nan=math.inf)
     setting, rate = np.unravel_index(means.argmin(), means.shape)
@@ -187,7 +183,7 @@ def describe(setting: dict[str, float]) -> str:
 
 def print_table(losses: dict[str, np.ndarray], args: argparse.Namespace) -> None:
     print(
-        f"\n{args.steps} updates of {args.batch} x {CONTEXT} bytes, warm-up of "
+        f"\n{args.steps} updates of {args.batch} x {args.context} bytes, warm-up of "
         f"{warm_up_updates(args)}, then cosine decay to zero.\nHeld-out loss in nats "
         "per byte after the last update, by AdamW's learning rate:\nmean ± standard "
         f"deviation over {args.seeds} seeds; * marks the best of a method.\n"
@@ -197,13 +193,11 @@ def print_table(losses: dict[str, np.ndarray], args: argparse.Namespace) -> None
     for name, method in METHODS.items():
         best = best_of(losses[name])
         for i, setting in enumerate(method.settings):
-            cells = [
-                f"{final.mean():.3f} ± {final.std():.3f} {'*' if best == (i, j) else ''}"
-                for j, final in enumerate(losses[name][i, :, :, -1])
-            ]
-            row = "{:<11}{:<31}" + "{:<17}" * len(cells)
-            cells = [f"  {cell}" for cell in cells]
-            print(row.format(name, describe(setting), *cells).rstrip())
+            row = f"{name:<11}{describe(setting):<31}"
+            for j, final in enumerate(losses[name][i, :, :, -1]):
+                mark = "*" if best == (i, j) else " "
+                row += f"  {final.mean():.3f} ± {final.std():.3f}{mark:>2}"
+            print(row.rstrip())
     print("\nEach at its best, minus AdamW at its best, seed by seed:")
     alone = losses["AdamW"][best_of(losses["AdamW"])][:, -1]
     for name in METHODS:
@@ -235,7 +229,8 @@ def draw_curves(axes, losses, args: argparse.Namespace) -> None:
         setting, rate = best_of(losses[name])
         group = losses[name][setting, rate]
         mean, std = group.mean(axis=0), group.std(axis=0)
-        label = f"{name}, {describe(method.settings[setting])}, rate {args.rates[rate]:g}"
+        described = describe(method.settings[setting])
+        label = f"{name}, {described}, rate {args.rates[rate]:g}"
         style = {"color": method.colour, "marker": method.marker, "linestyle": line}
         axes.plot(updates, mean, label=label, **style)
         axes.fill_between(
@@ -290,23 +285,17 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--width", type=int, default=64, help="of the transformer")
     parser.add_argument("--depth", type=int, default=2, help="transformer blocks")
+    parser.add_argument("--context", type=int, default=32, help="bytes in a window")
     parser.add_argument("--batch", type=int, default=8, help="windows in an update")
     parser.add_argument(
         "--out", type=pathlib.Path, default="outer_optimizers.png", help="a PNG"
     )
     args = parser.parse_args(argv)
-    for name in ("steps", "seeds", "width", "depth", "batch"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}.")
-    if args.steps % EVERY:
-        parser.error(f"--steps must be a multiple of {EVERY}, got {args.steps}.")
-    if args.width % HEADS:
-        parser.error(f"--width must be a multiple of {HEADS} heads, got {args.width}.")
-    if not all(0 < rate < math.inf for rate in args.rates):
-        parser.error(f"--rates must be positive and finite, got {grid(args)}.")
-    if args.out.suffix != ".png" or not args.out.parent.is_dir():
-        parser.error(f"--out must be a .png in an existing folder, got {args.out}.")
-    args.rates = sorted(set(args.rates))
+    check_sizes_and_rates(parser, args)
+    if args.steps < 1 or args.steps % EVERY:
+        parser.error(
+            f"--steps must be a positive multiple of {EVERY}, got {args.steps}."
+        )
     return args
 
 
