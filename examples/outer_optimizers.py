@@ -14,6 +14,10 @@ weights and the same batches in all of them.
 AdamW's rate is warmed up and then decays to zero along a cosine. It prints the held-out
 losses, of the slow weights where there are such, and draws them.
 
+At this scale lookahead helps a little (0.046 nats per byte). The Nesterov outer steps,
+whose settings come from far larger models and longer runs, do not: the first is a tie
+with AdamW, the second is worse.
+
     python examples/outer_optimizers.py
     python examples/outer_optimizers.py --steps 2520 --batch 16 --rates 0.003 0.01
 """
