@@ -9,7 +9,7 @@ weights and the same batches in all of them.
     lookahead  k = 5, alpha = 0.5 or 0.8, around AdamW's default: the Lookahead paper
     Nesterov   `outer_loop` around AdamW's default with `optax.sgd(eta, momentum=mu,
                nesterov=True)`: SNOO in modded-nanogpt (k = 28, eta = 0.68, mu = 0.37)
-               and MuLoCo-1 with AdamW inside (k = 30, eta = 0.7, mu = 0.8)
+               and one-worker DiLoCo as in MuLoCo (k = 30, eta = 0.7, mu = 0.8)
 
 AdamW's rate is warmed up and then decays to zero along a cosine. It prints the held-out
 losses, of the slow weights where there are such, and draws them.
