@@ -360,28 +360,33 @@ def parse_args(argv: list[str], text: Text) -> argparse.Namespace:
         "--out", type=pathlib.Path, default="nnx_language_model.png", help="a PNG"
     )
     args = parser.parse_args(argv)
-    for name in ("seeds", "width", "depth", "context", "batch"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}.")
+    check_sizes_and_rates(parser, args)
     try:
         lookahead(optax.identity(), args.k, args.alpha)
     except ValueError as error:
         parser.error(str(error))
     if args.steps < args.k:
         parser.error(f"--steps must be at least k = {args.k}, got {args.steps}.")
-    if not all(0 < rate < math.inf for rate in args.rates):
-        parser.error(f"--rates must be positive and finite, got {grid(args)}.")
-    if args.width % HEADS:
-        parser.error(f"--width must be a multiple of {HEADS} heads, got {args.width}.")
     if args.context >= len(text.held_out):
         parser.error(
             f"--context must be less than the {len(text.held_out)} bytes of held-out "
             f"text, got {args.context}."
         )
+    return args
+
+
+def check_sizes_and_rates(parser: Parser, args: argparse.Namespace) -> None:
+    """Checks the arguments that `outer_optimizers.py` has too, and sorts the rates."""
+    for name in ("seeds", "width", "depth", "context", "batch"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}.")
+    if not all(0 < rate < math.inf for rate in args.rates):
+        parser.error(f"--rates must be positive and finite, got {grid(args)}.")
+    if args.width % HEADS:
+        parser.error(f"--width must be a multiple of {HEADS} heads, got {args.width}.")
     if args.out.suffix != ".png" or not args.out.parent.is_dir():
         parser.error(f"--out must be a .png in an existing folder, got {args.out}.")
     args.rates = sorted(set(args.rates))
-    return args
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """Do the examples run as the README calls them, and refuse a mistake in one line?"""
 
+import os
 import pathlib
 import re
 import subprocess
@@ -11,9 +12,12 @@ EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 TINY = ("--seeds", 1, "--width", 8, "--depth", 1, "--context", 8, "--batch", 2)
 
 
-def run(example, *arguments):
+def run(example, *arguments, **environment):
     command = [sys.executable, str(EXAMPLES / example), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = os.environ | environment
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, env=environment
+    )
 
 
 def check_one_line_of_error(result, message):
@@ -100,3 +104,42 @@ def test_nnx_language_model_with_alpha_1_measures_the_inner_optimizer(tmp_path):
 )
 def test_nnx_language_model_answers_a_bad_option_with_one_line(arguments, message):
     check_one_line_of_error(run("nnx_language_model.py", *arguments), message)
+
+
+def test_outer_optimizers_prints_a_row_per_setting_and_draws_a_picture(tmp_path):
+    picture = tmp_path / "outer.png"
+    settings = ("--steps", 120, "--rates", 0.03, 0.005, "--out", picture)
+    # It spends its time on compiling.
+    flags = "--xla_backend_optimization_level=0"
+    result = run("outer_optimizers.py", *TINY, *settings, XLA_FLAGS=flags)
+    assert result.returncode == 0, result.stderr
+    names = ["AdamW", "lookahead", "Nesterov"]
+    cell = r" +(\d\.\d{3}) ± 0\.000( \*)?"
+    rows = re.findall(rf"^(\w+) +\w+ = .*?{cell}{cell}$", result.stdout, re.M)
+    assert [row[0] for row in rows] == [name for name in names for _ in range(2)]
+    best = {}
+    for name, first, second in zip(names, rows[::2], rows[1::2], strict=True):
+        assert first[1::2] != second[1::2], "the settings differ"
+        cells = [row[i : i + 2] for row in (first, second) for i in (1, 3)]
+        assert cells[0] != cells[1], "the rates differ"
+        best[name] = min(float(loss) for loss, _ in cells)
+        assert [float(loss) for loss, mark in cells if mark] == [best[name]]
+    for name in names[1:]:
+        (mean, pair) = re.search(
+            rf"^{name} +([-+.\d]+) ± 0\.000  \(([-+.\d]+)\)$", result.stdout, re.M
+        ).groups()
+        assert mean == pair, "one seed"
+        assert float(mean) == pytest.approx(best[name] - best["AdamW"], abs=0.0015)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "1440/1440" in result.stderr, "the progress bar counts every update"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "100"], "--steps must be a positive multiple of 120, got 100."),
+        (["--kk", "5"], "unrecognized arguments: --kk 5"),
+    ],
+)
+def test_outer_optimizers_answers_a_bad_option_with_one_line(arguments, message):
+    check_one_line_of_error(run("outer_optimizers.py", *arguments), message)
