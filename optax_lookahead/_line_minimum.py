@@ -101,6 +101,9 @@ def line_minimum(
       ...     w = optax.apply_updates(w, updates)
       ...     if step % 5 == 0:
       ...         print(f"{step:2d} {loss(w):.4f} {state.outer_state.alpha:.2f}")
+       5 0.1937 0.58
+      10 0.0234 1.00
+      15 0.0034 1.00
 
     References:
       Zhang, Lucas, Hinton, Ba, `Lookahead Optimizer: k steps forward, 1 step back
