@@ -280,3 +280,14 @@ def test_the_picture_and_the_files_that_it_points_to_exist():
     links = re.findall(r"\]\((?!https?:)([^)]+)\)", README)
     assert "examples/digits.png" in links
     assert [link for link in links if not (root / link).exists()] == []
+
+
+def test_the_adaptive_alpha_trains_and_is_shown(capsys):
+    (block,) = (block for block in BLOCKS if "line_minimum(" in block)
+    exec(block, {})
+    printed = capsys.readouterr().out
+    loss, alpha = re.fullmatch(
+        r"loss (\d+\.\d{4}), alpha (\d\.\d\d)\n", printed
+    ).groups()
+    assert float(loss) < 0.1
+    assert 0.2 <= float(alpha) <= 1.0
