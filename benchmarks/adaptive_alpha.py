@@ -6,6 +6,8 @@ which a quadratic model of the loss is least. The model's curvature is nu (what
 `adam_curvature()` gives, the empirical Fisher diagonal), sqrt(nu) (`power=0.5`), or
 sqrt(nu) / rate, the curvature for which Adam's step is a Newton step. Its gradient at
 the end of a cycle is modelled from the last one, or computed there on a fresh batch.
+As controls for a choice that mostly takes one of its bounds, alpha is also fixed at
+the lower one, and one or the other by the toss of a coin.
 
 Each form sees the same batches and starts. A row gives, over the seeds, the loss on the
 training images and the test accuracy right after the last sync, and of all alphas
@@ -23,6 +25,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from tqdm import tqdm
@@ -39,16 +42,25 @@ class Form(NamedTuple):
     """One way to train."""
 
     name: str
-    alpha: float | None = None  # a fixed one
+    alpha: Any = None  # fixed or scheduled
     powers: tuple[float, int] | None = None  # else, A = nu^powers[0] / rate^powers[1]
     gradient: str = "-"  # at the end of a cycle
 
 
 CURVATURES = {"nu": (1.0, 0), "sqrt(nu)": (0.5, 0), "sqrt(nu) / rate": (0.5, 1)}
+
+
+def coin(sync_count):
+    key = jax.random.fold_in(jax.random.key(0), sync_count)
+    return jnp.where(jax.random.bernoulli(key), MAX_ALPHA, MIN_ALPHA)
+
+
 FORMS = [
     Form("alone"),
+    Form("alpha = 0.2", 0.2),
     Form("alpha = 0.5", 0.5),
     Form("alpha = 0.8", 0.8),
+    Form("alpha by coin", coin),
     *(
         Form(f"A = {name}", None, powers, gradient)
         for name, powers in CURVATURES.items()
