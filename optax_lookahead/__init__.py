@@ -15,6 +15,11 @@ True
 
 import importlib.metadata
 
+from ._line_minimum import (
+    LineMinimumState as LineMinimumState,
+    adam_curvature as adam_curvature,
+    line_minimum as line_minimum,
+)
 from ._query import slow_params as slow_params
 from ._state import LookaheadState as LookaheadState
 from ._transform import lookahead as lookahead, outer_loop as outer_loop

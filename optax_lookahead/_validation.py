@@ -1,5 +1,6 @@
 """What the public functions refuse, and in which words."""
 
+import math
 from typing import Any
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 from jax.sharding import AxisType
+from jax.tree_util import all_leaves
 
 KeyPath = tuple[Any, ...]  # as `jax.tree.leaves_with_path` makes them
 
@@ -220,6 +222,120 @@ def check_unstacked(steps_since_sync: jax.typing.ArrayLike) -> None:
             f"`steps_since_sync` must be a scalar, got shape {shape}: these are "
             "several states in one. Call the function under `jax.vmap`."
         )
+
+
+def check_curvature(curvature: Any) -> None:
+    """Raises unless `curvature` can be called."""
+    if not callable(curvature):
+        raise TypeError(
+            "`curvature` must be a function from the inner optimizer's state to a tree "
+            f"like the parameters, got {curvature!r}. Write for example "
+            "`line_minimum(adam_curvature())`."
+        )
+
+
+def check_alpha_range(min_alpha: Any, max_alpha: Any) -> None:
+    """Raises unless the bounds are in order, as far as they are static."""
+    bounds = [
+        _check_number(name, value, "Write for example `min_alpha=0.2, max_alpha=1.0`.")
+        for name, value in (("min_alpha", min_alpha), ("max_alpha", max_alpha))
+    ]
+    known = [value for value in bounds if value is not None]
+    in_order = known == sorted(known)
+    if not (in_order and all(0 <= value < math.inf for value in known)):  # NaN too
+        raise ValueError(
+            "`min_alpha` and `max_alpha` must be finite with 0 <= min_alpha <= "
+            f"max_alpha, got {min_alpha!r} and {max_alpha!r}. Write for example "
+            "`min_alpha=0.2, max_alpha=1.0`."
+        )
+
+
+def check_adam_curvature(b2: Any, power: Any) -> None:
+    """Raises unless `b2` is a decay rate and `power` positive, if they are static."""
+    value = _check_number("b2", b2, "Write the one given to Adam, for example 0.999.")
+    if value is not None and not 0 <= value < 1:
+        raise ValueError(
+            f"`b2` must be a number in [0, 1), got {value!r}. Write the one given to "
+            "Adam, for example 0.999."
+        )
+    value = _check_number("power", power, "Write for example `power=0.5`.")
+    if value is not None and not 0 < value < math.inf:
+        raise ValueError(
+            f"`power` must be a positive number, got {value!r}. Write for example "
+            "`power=0.5`."
+        )
+
+
+def check_one_adam(states: list[Any]) -> Any:
+    """Returns the state of Adam, and raises unless there is just one."""
+    if len(states) == 1:
+        return states[0]
+    raise ValueError(
+        "`adam_curvature` must find one `optax.ScaleByAdamState` in the inner "
+        f"optimizer's state, got {len(states) or 'none'}. Write a function from that "
+        "state to a tree like the parameters."
+    )
+
+
+def check_fast(fast: Any, fast_side: type) -> None:
+    """Raises unless `outer_loop` called."""
+    if not isinstance(fast, fast_side):
+        raise ValueError(
+            f"`fast` must be what `outer_loop` passes to its outer optimizer, got "
+            f"{fast!r}. Write `outer_loop(inner, line_minimum(curvature), k)`."
+        )
+
+
+def check_grad_fn(grad_fn: Any) -> None:
+    """Raises unless `grad_fn` can be called."""
+    if not callable(grad_fn):
+        raise TypeError(
+            "`grad_fn` must be a function from parameters to gradients, got "
+            f"{grad_fn!r}. Write for example `grad_fn=jax.grad(loss)`."
+        )
+
+
+def check_like(name: str, tree: Any, pseudo_grads: Any) -> list[Any]:
+    """Returns what a function made for each pseudo-gradient, and raises if it did not.
+
+    A pseudo-gradient may be an `optax.MaskedNode`, for which it may make anything.
+    """
+    remedy = "Return a tree like the parameters."
+    gs, treedef = jax.tree.flatten_with_path(pseudo_grads, is_leaf=is_masked)
+    try:
+        xs = treedef.flatten_up_to(tree)
+    except ValueError as error:
+        raise ValueError(
+            f"`{name}` must return a tree like the parameters, got "
+            f"{jax.tree.structure(tree)} where they have {treedef}. {remedy}"
+        ) from error
+    for (path, g), x in zip(gs, xs, strict=True):
+        if is_masked(g):
+            continue
+        got = f"shape {jnp.shape(x)}" if all_leaves([x]) else f"{x!r}"
+        if got != f"shape {jnp.shape(g)}":
+            raise ValueError(
+                f"`{name}` must return arrays with the shapes of the parameters, got "
+                f"{got} at {describe_path(path)}, where they have {jnp.shape(g)}. "
+                f"{remedy}"
+            )
+    return xs
+
+
+def is_masked(node: Any) -> bool:
+    """Returns whether this is what Optax puts where it hides a leaf."""
+    return isinstance(node, optax.MaskedNode)
+
+
+def _check_number(name: str, value: Any, remedy: str) -> Any:
+    """Returns a static number, None for another, and raises if it is no scalar."""
+    _check_scalar(name, value)
+    if isinstance(value, jax.Array):
+        return None
+    number = _python_value(value)
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        raise TypeError(f"`{name}` must be a number, got {number!r}. {remedy}")
+    return number
 
 
 def _check_scalar(name: str, value: Any) -> None:

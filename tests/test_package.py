@@ -12,7 +12,15 @@ ROOT = pathlib.Path(optax_lookahead.__file__).parent
 def test_the_public_names_are_these():
     public = {name for name in vars(optax_lookahead) if not name.startswith("_")}
     modules = {"importlib"}
-    assert public - modules == {"lookahead", "slow_params", "LookaheadState"}
+    assert public - modules == {
+        "lookahead",
+        "outer_loop",
+        "slow_params",
+        "LookaheadState",
+        "line_minimum",
+        "adam_curvature",
+        "LineMinimumState",
+    }
 
 
 def test_only_public_modules_of_jax_and_optax_are_used():

@@ -170,7 +170,7 @@ def test_the_line_for_a_descendant_trains(name):
 
 
 def test_no_other_python_block_stands_untested():
-    assert len(BLOCKS) == 10
+    assert len(BLOCKS) == 11
 
 
 @pytest.mark.parametrize("extra", ["examples", "test"])
@@ -307,3 +307,14 @@ def test_the_picture_and_the_files_that_it_points_to_exist():
         h.lower().replace(" ", "-") for h in re.findall(r"^#+ (.+)", README, re.M)
     ]
     assert set(re.findall(r"\]\(#([^)]+)\)", README)) <= set(headings)
+
+
+def test_the_adaptive_alpha_trains_and_is_shown(capsys):
+    (block,) = (block for block in BLOCKS if "line_minimum(" in block)
+    exec(block, {})
+    printed = capsys.readouterr().out
+    loss, alpha = re.fullmatch(
+        r"loss (\d+\.\d{4}), alpha (\d\.\d\d)\n", printed
+    ).groups()
+    assert float(loss) < 0.1
+    assert 0.2 <= float(alpha) <= 1.0
