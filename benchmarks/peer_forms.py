@@ -15,7 +15,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -42,6 +42,13 @@ class Form:
         return 0
 
 
+def explain(error: Exception, remedy: str) -> str:
+    """Says in one line why a package cannot be imported."""
+    if isinstance(error, ModuleNotFoundError):
+        return f"not installed: {remedy.format(error.name)}"
+    return f"does not import: {error}".splitlines()[0]
+
+
 class Framework:
     """What one framework offers, and what it could not import."""
 
@@ -49,18 +56,7 @@ class Framework:
     remedy = "pip install {}"
 
     def __init__(self):
-        self.missing: dict[str, str] = {}
-
-    def wrapper(self, package: str, module: str, name: str) -> Callable | None:
-        """Imports `name`, or notes why that is not possible."""
-        try:
-            return getattr(importlib.import_module(module), name)
-        except ModuleNotFoundError as error:
-            remedy = self.remedy.format(error.name)
-            self.missing[package] = f"not installed: {remedy}"
-        except Exception as error:  # a package that is installed but broken
-            self.missing[package] = f"does not import: {error}".splitlines()[0]
-        return None
+        self.missing: list[str] = []
 
     def array(self, value: np.ndarray) -> Any:
         raise NotImplementedError
@@ -141,15 +137,16 @@ class Torch(Framework):
 
         self.torch = torch
         wrappers = {
-            "pytorch_optimizer": ("pytorch_optimizer", "Lookahead"),
-            "timm": ("timm.optim", "Lookahead"),
-            "torch_optimizer": ("torch_optimizer", "Lookahead"),
+            "pytorch_optimizer": "pytorch_optimizer",
+            "timm": "timm.optim",
+            "torch_optimizer": "torch_optimizer",
         }
-        self.wrappers = {
-            package: wrapper
-            for package, (module, name) in wrappers.items()
-            if (wrapper := self.wrapper(package, module, name))
-        }
+        self.wrappers = {}
+        for package, module in wrappers.items():
+            try:
+                self.wrappers[package] = importlib.import_module(module).Lookahead
+            except Exception as error:  # a peer may also be installed and broken
+                self.missing.append(f"{package}: {explain(error, self.remedy)}")
 
     def array(self, value):
         return self.torch.tensor(value)
@@ -202,13 +199,10 @@ class TensorFlow(Framework):
 
     def __init__(self):
         super().__init__()
-        self.lookahead = self.wrapper(
-            "tensorflow-addons", "tensorflow_addons.optimizers", "Lookahead"
-        )
-        if self.lookahead:
-            import tensorflow
+        import tensorflow
+        from tensorflow_addons.optimizers import Lookahead
 
-            self.tf = tensorflow
+        self.tf, self.lookahead = tensorflow, Lookahead
 
     def array(self, value):
         return self.tf.constant(value)
@@ -221,8 +215,6 @@ class TensorFlow(Framework):
         )
 
     def forms(self, inner, rate, params, k):
-        if not self.lookahead:
-            return
         # The only optimizers that it wraps.
         legacy = self.tf.keras.optimizers.legacy
         for name in (INNER_ALONE, "tensorflow-addons"):
@@ -336,11 +328,11 @@ def main() -> None:
     # Replies have a file of their own: libraries print what they like when imported.
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    frameworks = {"jax": Jax, "torch": Torch, "tensorflow": TensorFlow}
+    framework = {"jax": Jax, "torch": Torch, "tensorflow": TensorFlow}[sys.argv[1]]
     try:
-        session = Session(frameworks[sys.argv[1]]())
-    except ModuleNotFoundError as error:
-        answer = {"error": f"not installed: pip install {error.name}"}
+        session = Session(framework())
+    except Exception as error:
+        answer = {"error": explain(error, framework.remedy)}
         print(json.dumps(answer), file=replies, flush=True)
         return
     for line in sys.stdin:

@@ -1,4 +1,4 @@
-"""Claim: inside Lookahead, what an inner optimizer costs more here and elsewhere.
+"""Claim: this is the cheapest Lookahead for JAX; eager ones may amortise below it.
 
 Compares `optax_lookahead` with `optax.lookahead`, with three wrappers for PyTorch
 (`pytorch_optimizer`, `timm`, `torch_optimizer`) and with TensorFlow Addons, each with
@@ -22,10 +22,12 @@ Algorithm 1 in NumPy (`tests/reference.py`).
 """
 
 import argparse
+import contextlib
 import json
 import os
 import pathlib
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -43,6 +45,8 @@ from peer_forms import ALPHA, INNER_ALONE  # noqa: E402
 
 FRAMEWORKS = ("jax", "torch", "tensorflow")
 INNERS = {"adam": reference.adamw, "sgd": reference.sgd}
+# All on the CPU, as an accelerator that only some of them see would be no comparison.
+ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 K = 5
 CYCLES = 3
 CHECK_RATE = 0.1  # large, so that a missed sync shows
@@ -58,26 +62,25 @@ class Peer:
 
     def __init__(self, framework: str, python: str):
         self.framework = framework
-        self.log = tempfile.TemporaryFile("w+")
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed in `close`
         self.process = subprocess.Popen(
             [python, str(HERE / "peer_forms.py"), framework],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.log,
             text=True,
+            env=os.environ | ENVIRONMENT,
         )
 
     def ask(self, request: str, **arguments: Any) -> Any:
-        try:
+        with contextlib.suppress(BrokenPipeError):  # then it ended, and `tail` says why
             print(json.dumps([request, arguments]), file=self.process.stdin, flush=True)
-        except BrokenPipeError:
-            pass  # it stopped: what it wrote says why
         line = self.process.stdout.readline()
         if not line:
-            raise PeerError(f"{self.framework} stopped.{self.tail()}")
+            raise PeerError(f"{self.framework}: it stopped.{self.tail()}")
         answer = json.loads(line)
         if "error" in answer:
-            raise PeerError(answer["error"])
+            raise PeerError(f"{self.framework}: {answer['error']}")
         return answer
 
     def tail(self) -> str:
@@ -127,14 +130,16 @@ def deviations(peer: Peer, inner: str) -> dict[str, float]:
     start, target = np.concatenate(params).astype(float), np.concatenate(targets)
     result = {}
     for key, trajectory in trajectories.items():
+        # The inner optimizer alone is Lookahead with k = alpha = 1.
         alone = key.endswith(f"/{INNER_ALONE}")
+        k, alpha = (1, 1.0) if alone else (K, ALPHA)
         expected = reference.lookahead(
             INNERS[inner](CHECK_RATE),
-            lambda theta, step: theta - target,
+            lambda theta, _step: theta - target,
             start,
-            k=1 if alone else K,
-            alpha=lambda t, alone=alone: 1.0 if alone else ALPHA,
-            cycles=K * CYCLES if alone else CYCLES,
+            k,
+            lambda _t, alpha=alpha: alpha,
+            cycles=K * CYCLES // k,
         )
         fast = np.array([theta for theta, phi in expected])
         result[key] = float(np.max(np.abs(np.array(trajectory) - fast)))
@@ -211,7 +216,9 @@ def check_ours(rows: list[Row], unit: int) -> None:
 
 
 def print_table(rows: list[Row], leaves: int, size: int, rounds: int) -> None:
-    print(f"\n{leaves} x {size:,} float32, k = {K}, alpha = {ALPHA}, {rounds} rounds:\n")
+    print(
+        f"\n{leaves} x {size:,} float32, k = {K}, alpha = {ALPHA}, {rounds} rounds:\n"
+    )
     print(
         "| inner | framework | form | step, ms | time / inner (quartiles) "
         "| slowest step / inner | held beyond inner / N | Algorithm 1 (deviation) |"
@@ -263,31 +270,27 @@ def main() -> None:
     leaves, sizes, rounds = 20, args.sizes, args.rounds
     if args.quick:
         sizes, rounds = [50_000], min(rounds, 10)
-    # Silences the log of TensorFlow, whose last line would be taken for an error.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    peers, missing, versions = [], {}, {}
+    if shutil.which(args.tensorflow_python) is None:
+        parser.error(f"--tensorflow-python: no such program: {args.tensorflow_python}.")
+    pythons = {"tensorflow": args.tensorflow_python}
+    versions, missing = {}, []
+    peers, running = [], []
     try:
         for framework in FRAMEWORKS:
-            python = {"tensorflow": args.tensorflow_python}.get(framework)
+            peers.append(Peer(framework, pythons.get(framework, sys.executable)))
             try:
-                peer = Peer(framework, python or sys.executable)
-            except OSError as error:
-                parser.error(f"--tensorflow-python {python}: {error.strerror}.")
-            peers.append(peer)
-            try:
-                about = peer.ask("describe")
+                about = peers[-1].ask("describe")
             except PeerError as error:
-                missing[framework] = str(error)
+                if framework == "jax":
+                    raise
+                missing.append(str(error))
                 continue
+            running.append(peers[-1])
             versions |= about["versions"]
-            missing |= about["missing"]
-        missing_frameworks = [peer for peer in peers if peer.framework in missing]
-        if any(peer.framework == "jax" for peer in missing_frameworks):
-            stop(f"jax: {missing['jax']}.")
-        running = [peer for peer in peers if peer not in missing_frameworks]
-        if "tensorflow-addons" in missing:
-            running = [peer for peer in running if peer.framework != "tensorflow"]
-        cores = len(os.sched_getaffinity(0))
+            missing += about["missing"]
+        # What `taskset` left us, where the system can tell.
+        affinity = getattr(os, "sched_getaffinity", None)
+        cores = len(affinity(0)) if affinity else os.cpu_count()
         print(
             ", ".join(f"{name} {version}" for name, version in versions.items())
             + f", CPU ({platform.machine()}, {cores} cores)"
@@ -299,8 +302,8 @@ def main() -> None:
                     rows += measure(running, inner, leaves, size, rounds, bar)
             check_ours(rows, 4 * leaves * size)
             print_table(rows, leaves, size, rounds)
-            for name, why in missing.items():
-                print(f"| | | {name} | {why} | | | | |")
+            for line in missing:
+                print(f"| | | {line} | | | | | |")
     except PeerError as error:
         stop(str(error))
     finally:
