@@ -1,0 +1,47 @@
+"""Does the comparison with other packages refuse a mistake, and miss one, in a line?
+
+`.ci/run` runs all of it at a small size, without a peer.
+"""
+
+import pathlib
+import runpy
+import subprocess
+import sys
+
+import pytest
+
+BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--fast"], "unrecognized arguments: --fast"),
+        (["--rounds", "1"], "--rounds must be at least 2, got 1."),
+        (["--sizes", "500", "0"], "--sizes must be at least 1, got 0."),
+        (["--tensorflow-python", "/nowhere"], "no such program: /nowhere."),
+    ],
+)
+def test_a_mistake_is_one_line(arguments, message):
+    result = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "peers.py"), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.count("\n") == 1
+    assert message in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ModuleNotFoundError(name="absent"), "not installed: pip install absent"),
+        (RuntimeError("first\nsecond"), "does not import: first"),
+    ],
+)
+def test_a_peer_that_cannot_be_imported_is_one_line(error, line):
+    explain = runpy.run_path(str(BENCHMARKS / "peer_forms.py"))["explain"]
+    assert explain(error, "pip install {}") == line
