@@ -71,8 +71,9 @@ def cond(sync, us, ps, phis):
 
 
 class LoopCond:
-    """No transformation but the whole update, which alone can do it: `lax.cond` after
-    the parameters took their step, so that their updates need not be kept for it.
+    """`lax.cond` where a training loop could have it, after its parameters' step.
+
+    No transformation can do that: there the updates would have to be kept for it.
     """
 
     def __init__(self, inner: optax.GradientTransformation, k: int):
@@ -115,8 +116,8 @@ FORMS: dict[str, Callable[[optax.GradientTransformation, int], Any]] = {
 class Form:
     """One form of one optimizer, ready to be put into a step."""
 
-    def __init__(self, name: str, inner: str, k: int):
-        self.name, self.tx = name, FORMS[name](INNERS[inner], k)
+    def __init__(self, name: str, tx: Any):
+        self.name, self.tx = name, tx
 
     def init(self, params: Any) -> tuple[Any, Any]:
         """Returns parameters and state, which may be donated together."""

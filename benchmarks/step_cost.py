@@ -8,18 +8,19 @@ rounds of the time in that round over the inner optimizer's: noise of the machin
 lasts longer than a round cancels.
 
 Beside it stand figures that no noise reaches: what the compiled step accesses, its
-temporaries and arguments, and what it writes over them, in units of the parameters' size
-N; and the floor, the bytes of all arrays that a step has to read or write, each once.
-It exits with 1 if a step is traced twice, if lookahead adds anything but 2 N to the
-floor, or if it adds temporaries to an inner optimizer that works leaf by leaf.
+temporaries and arguments, and what it writes over them, in units of the parameters'
+size N; and the floor, the bytes of all arrays that a step has to read or write, each
+once. It exits with 1 if a step is traced twice, if lookahead adds anything but 2 N to
+the floor, if it writes less in place than its inner optimizer, or if it adds
+temporaries to one that works leaf by leaf.
 
 Everything at once would be thousands of programs, so these slices of it are measured:
 
-    inners   all inner optimizers                              20 x 500,000 float32, k = 5
-    sizes    1,000 to 100,000,000 floats                       adam, 20 leaves, k = 5
-    leaves   10,000,000 floats in 1 to 2,000 leaves            adam, k = 5
-    dtypes   bfloat16, slow weights too or in float32          20 x 500,000, k = 5
-    k        1, 5, 10 and 50                                   20 x 500,000 float32
+    inners   all inner optimizers                       20 x 500,000 float32, k = 5
+    sizes    1,000 to 100,000,000 floats                adam, 20 leaves, k = 5
+    leaves   10,000,000 floats in 1 to 2,000 leaves     adam, k = 5
+    dtypes   bfloat16, slow weights too or float32      20 x 500,000, k = 5
+    k        1, 5, 10 and 50                            20 x 100,000 float32
     gpu      200,000,000 floats, float32 and bfloat16, k = 5 and 50
     whole    200,000,000 floats in a training step, the same
 
@@ -90,6 +91,7 @@ class Case(NamedTuple):
 
 def cases() -> list[Case]:
     both, pair = ["float32", "bfloat16"], ["sgd", "adam"]
+    few = [ALONE, OURS, UPSTREAM]  # 2,000 leaves are slow to compile
     gpu = {"leaves": 100, "size": 2_000_000}
     whole = {"leaves": 12, "size": 4096**2, "batch": 2048, "forms": AMORTISED}
     return [
@@ -105,7 +107,11 @@ def cases() -> list[Case]:
             Case("dtypes", inner, dtype="bfloat16", forms=list(FORMS))
             for inner in ("sgd", "momentum", "adam")
         ),
-        *(Case("k", inner, k=k) for inner in pair for k in (1, 5, 10, 50)),
+        *(
+            Case("k", inner, size=100_000, k=k)
+            for inner in pair
+            for k in (1, 5, 10, 50)
+        ),
         *(
             Case("gpu", inner, dtype=dtype, **gpu)
             for inner in ("sgd", "momentum", "adam")
@@ -165,7 +171,8 @@ def whole_step(form: Form, case: Case) -> Program:
 
 
 def programs_of(case: Case) -> dict[str, Program]:
-    forms = {name: Form(name, case.inner, case.k) for name in case.forms}
+    inner = INNERS[case.inner]
+    forms = {name: Form(name, FORMS[name](inner, case.k)) for name in case.forms}
     if case.batch:
         return {name: whole_step(form, case) for name, form in forms.items()}
     params = tree(case.leaves, case.size, case.dtype, seed=0)
@@ -190,6 +197,7 @@ class Row(NamedTuple):
     temporary: int
     arguments: int
     aliased: int
+    peak: int
     carry: int
     floor: int
     copy_speed: float  # bytes a second, of the copy
@@ -263,7 +271,8 @@ def violations(rows: list[Row], alone: Row) -> list[str]:
         # Two counters, int32, are read and written too.
         if added != 2 * unit(case) + 16:
             result.append(f"{case.label()}: lookahead adds {added:,} bytes, not 2 N")
-        if row.aliased != row.carry:
+        # A few bytes of Adafactor's own are not in place.
+        if row.carry - row.aliased != alone.carry - alone.aliased:
             result.append(
                 f"{case.label()}: {row.aliased:,} of {row.carry:,} bytes in place"
             )

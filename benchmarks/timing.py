@@ -24,6 +24,7 @@ class Counts(NamedTuple):
     temporary: int
     arguments: int
     aliased: int  # results that are written over arguments
+    peak: int  # all that a step needs at once
 
 
 def nbytes(tree: Any) -> int:
@@ -57,6 +58,10 @@ class Program:
             memory.temp_size_in_bytes,
             memory.argument_size_in_bytes,
             memory.alias_size_in_bytes,
+            memory.argument_size_in_bytes
+            + memory.temp_size_in_bytes
+            + memory.output_size_in_bytes
+            - memory.alias_size_in_bytes,
         )
         # What has to move: the carry is read and written, the inputs are read.
         self.floor = 2 * nbytes(carry) + nbytes(inputs)
