@@ -1,10 +1,10 @@
 """Claim: lookahead holds exactly one more copy of the parameters, and nothing else.
 
-For what a sync does to the inner state, for an outer optimizer and for `optax.lookahead`
-it counts the bytes that parameters and state hold, from the live arrays, after some
-steps: against what theory says, and beside what the compiler reserves for a step. It
-exits with 1 if theory and count differ in one byte, counters aside, or if a step leaves
-more behind than it found.
+For what a sync does to the inner state, for an outer optimizer and for
+`optax.lookahead` it counts the bytes that parameters and state hold, from the live
+arrays, after some steps: against what theory says, and beside what the compiler
+reserves for a step. It exits with 1 if theory and count differ by one byte, counters
+aside, or if steps leave anything behind.
 
     python benchmarks/memory.py            # 10,000,000 parameters
     python benchmarks/memory.py --quick    # 100,000
@@ -105,8 +105,7 @@ def main() -> None:
     cases = [
         (policy, inner, dtypes)
         for dtypes, inner, policy in itertools.product(DTYPES, MOMENTS, POLICIES)
-        # With SGD there is nothing to interpolate or reset; the others have no slow
-        # dtype.
+        # SGD has nothing to reset or interpolate, the others have no slow dtype.
         if not (inner == "sgd" and policy not in (ALONE, KEEP, NESTEROV, UPSTREAM))
         and not (DTYPES[dtypes][1] and policy in (ALONE, UPSTREAM))
     ]

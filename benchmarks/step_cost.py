@@ -37,6 +37,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from forms import (
     ALONE,
     COND,
@@ -98,9 +99,7 @@ def cases() -> list[Case]:
         *(Case("inners", inner) for inner in INNERS),
         *(Case("sizes", "adam", size=50 * 10**i) for i in range(6)),
         *(
-            Case(
-                "leaves", "adam", leaves, 10**7 // leaves, forms=[ALONE, OURS, UPSTREAM]
-            )
+            Case("leaves", "adam", leaves, 10**7 // leaves, forms=few)
             for leaves in (1, 20, 200, 2000)
         ),
         *(
@@ -308,17 +307,25 @@ def draw(rows: list[Row], file: pathlib.Path) -> None:
     except ModuleNotFoundError:
         print("No picture without matplotlib.", file=sys.stderr)
         return
-    figure = Figure(figsize=(7.5, 5), layout="constrained")
+    figure = Figure(figsize=(7.5, 5.5), layout="constrained")
     axes = figure.subplots()
     for form, (colour, marker, line) in STYLES.items():
         own = [row for row in rows if row.form == form]
-        floats = [row.case.leaves * row.case.size for row in own]
-        middle = [row.ratio.median for row in own]
-        low, high = ([getattr(r.ratio, end) for r in own] for end in ("low", "high"))
-        axes.plot(
-            floats, middle, linestyle=line, marker=marker, color=colour, label=form
+        middle = np.array([row.ratio.median for row in own])
+        axes.errorbar(
+            [row.case.leaves * row.case.size for row in own],
+            middle,
+            [
+                middle - [row.ratio.low for row in own],
+                [row.ratio.high for row in own] - middle,
+            ],
+            linestyle=line,
+            marker=marker,
+            color=colour,
+            capsize=3,
+            elinewidth=1,
+            label=form,
         )
-        axes.fill_between(floats, low, high, color=colour, alpha=0.15, linewidth=0)
     ours, alone = (
         next(row for row in reversed(rows) if row.form == form)
         for form in (OURS, ALONE)
@@ -335,7 +342,7 @@ def draw(rows: list[Row], file: pathlib.Path) -> None:
     axes.set_ylabel("time of a step / time of Adam's")
     axes.set_title("The optimizer step, k = 5: median over rounds and quartiles")
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=3)
     figure.savefig(file, dpi=130)
 
 
