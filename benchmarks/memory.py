@@ -109,12 +109,7 @@ def main() -> None:
         if not (inner == "sgd" and policy not in (ALONE, KEEP, NESTEROV, UPSTREAM))
         and not (DTYPES[dtypes][1] and policy in (ALONE, UPSTREAM))
     ]
-    rows = []
-    with progress(len(cases), "form") as bar:
-        for case in cases:
-            rows.append(measure(*case, size))
-            if bar is not None:
-                bar.update()
+    rows = [measure(*case, size) for case in progress(cases, "form")]
     print(f"{environment()}, {LEAVES} x {size:,} parameters, bytes per parameter")
     print(markdown(rows))
 

@@ -11,6 +11,7 @@ temporaries, the more leaves there are.
     python benchmarks/scaling.py --out scaling.png
 """
 
+import itertools
 import pathlib
 import statistics
 import sys
@@ -154,17 +155,10 @@ def main() -> None:
     if args.quick:
         leaves, floats, seconds = (10, 30, 100), range(3, 6), 0.1
 
-    by_leaves, by_floats = [], []
-    with progress(len(leaves) + len(floats), "size") as bar:
-        for rows, sizes in (
-            (by_leaves, [(n, SIZE) for n in leaves]),
-            (by_floats, [(LEAVES, 10**n // LEAVES) for n in floats]),
-        ):
-            for size in sizes:
-                rows += measure(*size, seconds)
-                if bar is not None:
-                    bar.update()
-
+    sizes = [(n, SIZE) for n in leaves] + [(LEAVES, 10**n // LEAVES) for n in floats]
+    rows = [measure(*size, seconds) for size in progress(sizes, "size")]
+    by_leaves = list(itertools.chain(*rows[: len(leaves)]))
+    by_floats = list(itertools.chain(*rows[len(leaves) :]))
     print(f"{environment()}, adam, k = {K}\n")
     table = [
         {

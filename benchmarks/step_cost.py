@@ -29,6 +29,7 @@ Everything at once would be thousands of programs, so these slices of it are mea
     python benchmarks/step_cost.py --slices gpu whole --json gpu.json
 """
 
+import itertools
 import json
 import pathlib
 import statistics
@@ -365,24 +366,21 @@ def main() -> None:
 
     print(environment())
     rows, wrong = [], []
-    for slice_ in slices:
-        own = [
-            case
-            for case in (quick_cases() if args.quick else cases())
-            if case.slice == slice_
-        ]
+    measured = [
+        case
+        for case in (quick_cases() if args.quick else cases())
+        if case.slice in slices
+    ]
+    for slice_, group in itertools.groupby(
+        progress(measured, "case"), lambda case: case.slice
+    ):
         table = []
-        with progress(len(own), "case") as bar:
-            for case in own:
-                if bar is not None:
-                    bar.set_description(case.label())
-                new = measure(case, seconds)
-                table += [cells(row, new[0]) for row in new]
-                wrong += violations(new, new[0])
-                rows += new
-                if bar is not None:
-                    bar.update()
-        print(f"\n{slice_}\n\n{markdown(table)}", flush=True)
+        for case in group:
+            new = measure(case, seconds)
+            table += [cells(row, new[0]) for row in new]
+            wrong += violations(new, new[0])
+            rows += new
+        print(f"\n\n{slice_}\n\n{markdown(table)}", flush=True)
         if args.json:
             text = {"environment": environment(), "rows": list(map(as_json, rows))}
             args.json.write_text(json.dumps(text, indent=1) + "\n")

@@ -1,13 +1,12 @@
 """What the benchmarks share: programs that are counted, and timed side by side."""
 
 import argparse
-import contextlib
 import os
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import jax
@@ -131,14 +130,14 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
-def progress(total: int, unit: str) -> Any:
-    """Returns a progress bar, or one line and nothing where tqdm is not installed."""
+def progress(items: Sequence[Any], unit: str) -> Iterable[Any]:
+    """Returns the items with a progress bar, or says that tqdm is not installed."""
     try:
         from tqdm import tqdm
     except ModuleNotFoundError:
-        print(f"{total} x {unit}; no progress bar without tqdm.", file=sys.stderr)
-        return contextlib.nullcontext()
-    return tqdm(total=total, unit=unit, leave=False)
+        print("No progress bar without tqdm.", file=sys.stderr)
+        return items
+    return tqdm(items, unit=unit, leave=False)
 
 
 class Parser(argparse.ArgumentParser):
