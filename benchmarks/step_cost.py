@@ -380,7 +380,14 @@ def main() -> None:
             table += [cells(row, new[0]) for row in new]
             wrong += violations(new, new[0])
             rows += new
-        print(f"\n\n{slice_}\n\n{markdown(table)}", flush=True)
+        same = {
+            name: table[0][name]
+            for name in ("inner", "floats", "dtype", "k")
+            if len({line[name] for line in table}) == 1
+        }
+        table = [{key: line[key] for key in line if key not in same} for line in table]
+        head = ", ".join(f"{name} {value}" for name, value in same.items())
+        print(f"\n\n{slice_}: {head}\n\n{markdown(table)}", flush=True)
         if args.json:
             text = {"environment": environment(), "rows": list(map(as_json, rows))}
             args.json.write_text(json.dumps(text, indent=1) + "\n")

@@ -96,7 +96,7 @@ def side_by_side(
         rounds += 1
     for name, program in programs.items():
         if program.traces != 1:
-            raise AssertionError(f"{name} was traced {program.traces} times, not once.")
+            sys.exit(f"{name} was traced {program.traces} times, not once.")
     return times
 
 
