@@ -1,148 +1,400 @@
 """Claim: a lookahead step costs one read and one write of the slow weights, no more.
 
-Times the optimizer step alone (gradients given, parameters and state donated) for an
-inner optimizer, for `optax_lookahead.lookahead` around it and for `optax.lookahead`
-around it. The three steps run one after the other, round after round, in one process,
-and the reported ratio is the median over rounds of the time in that round over the
-inner optimizer's: noise of the machine that lasts longer than a round cancels.
+Times the optimizer step alone (gradients given, parameters and state donated) for inner
+optimizers, for `optax_lookahead` around them, with and without a Nesterov outer step,
+for `optax.lookahead`, and for lookahead written down naively. The forms run one after
+the other, round after round, in one process, and the reported ratio is the median over
+rounds of the time in that round over the inner optimizer's: noise of the machine that
+lasts longer than a round cancels.
 
-Beside it stand figures of the compiled program, which no noise reaches: bytes accessed
-and temporary memory, in units of the parameters' size N.
+Beside it stand figures that no noise reaches: what the compiled step accesses, its
+temporaries and arguments, and what it writes over them, in units of the parameters'
+size N; and the floor, the bytes of all arrays that a step has to read or write, each
+once. It exits with 1 if a step is traced twice, if lookahead adds anything but 2 N to
+the floor, if it writes less in place than its inner optimizer, or if it adds
+temporaries to one that works leaf by leaf.
 
-    python benchmarks/step_cost.py            # 20 leaves of 500,000 float32
-    python benchmarks/step_cost.py --quick    # a tenth of the size, fewer rounds
+Everything at once would be thousands of programs, so these slices of it are measured:
+
+    inners   all inner optimizers                       20 x 500,000 float32, k = 5
+    sizes    1,000 to 100,000,000 floats                adam, 20 leaves, k = 5
+    leaves   10,000,000 floats in 1 to 2,000 leaves     adam, k = 5
+    dtypes   bfloat16, slow weights too or float32      20 x 500,000, k = 5
+    k        1, 5, 10 and 50                            20 x 100,000 float32
+    gpu      200,000,000 floats, float32 and bfloat16, k = 5 and 50
+    whole    200,000,000 floats in a training step, the same
+
+    python benchmarks/step_cost.py            # all but the last two
+    python benchmarks/step_cost.py --quick    # all, at a small size
+    python benchmarks/step_cost.py --slices gpu whole --json gpu.json
 """
 
-import argparse
-import platform
+import itertools
+import json
+import pathlib
 import statistics
-import time
+import sys
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
+import numpy as np
+from forms import (
+    ALONE,
+    COND,
+    FORMS,
+    INNERS,
+    LOOP_COND,
+    NESTEROV,
+    OURS,
+    UPSTREAM,
+    WHERE,
+    WIDE,
+    Form,
+    optimizer_step,
+    tree,
+)
+from timing import (
+    Parser,
+    Program,
+    Ratio,
+    environment,
+    markdown,
+    nbytes,
+    progress,
+    ratio,
+    side_by_side,
+)
 
-from optax_lookahead import lookahead
-
-INNERS = {
-    "adam": lambda: optax.adam(1e-3),
-    "sgd": lambda: optax.sgd(1e-3),
-    "momentum": lambda: optax.sgd(1e-3, momentum=0.9),
-}
-
-
-class Step:
-    """One compiled optimizer step with the parameters and the state that it moves."""
-
-    def __init__(self, tx: optax.GradientTransformation, params: Any, grads: Any):
-        self.traces = 0
-
-        def step(params, state, grads):
-            self.traces += 1
-            updates, state = tx.update(grads, state, params)
-            return optax.apply_updates(params, updates), state
-
-        self.step = jax.jit(step, donate_argnums=(0, 1))
-        self.params = jax.tree.map(jnp.copy, params)
-        self.state = tx.init(self.params)
-        self.grads = grads
-
-    def compiled(self) -> jax.stages.Compiled:
-        return self.step.lower(self.params, self.state, self.grads).compile()
-
-    def seconds(self, steps: int) -> float:
-        """Returns the mean time of a step over `steps` of them."""
-        start = time.perf_counter()
-        for _ in range(steps):
-            self.params, self.state = self.step(self.params, self.state, self.grads)
-        jax.block_until_ready((self.params, self.state))
-        return (time.perf_counter() - start) / steps
+COPY = "copy"  # what the machine can do: reads all parameters once and writes them
+SAME_DTYPE = [form for form in FORMS if form != WIDE]
+AMORTISED = [ALONE, OURS, COND, LOOP_COND]
+# Adafactor takes the norm of each leaf's update before it uses it.
+LEAFWISE = [inner for inner in INNERS if inner != "adafactor"]
 
 
-class UpstreamStep(Step):
-    """The same for `optax.lookahead`, whose parameters and updates are pairs."""
+class Case(NamedTuple):
+    """What is measured side by side."""
 
-    def __init__(self, tx: optax.GradientTransformation, params: Any, grads: Any):
-        super().__init__(tx, optax.LookaheadParams.init_synced(params), grads)
+    slice: str
+    inner: str
+    leaves: int = 20
+    size: int = 500_000  # floats in a leaf
+    dtype: str = "float32"
+    k: int = 5
+    forms: list[str] = SAME_DTYPE
+    batch: int = 0  # of a whole training step, whose leaves are square matrices
+
+    def label(self) -> str:
+        floats = f"{self.leaves:,} x {self.size:,} {self.dtype}"
+        batch = f", batch {self.batch:,}" if self.batch else ""
+        return f"{self.inner}, {floats}, k = {self.k}{batch}"
+
+
+def cases() -> list[Case]:
+    both, pair = ["float32", "bfloat16"], ["sgd", "adam"]
+    few = [ALONE, OURS, UPSTREAM]  # 2,000 leaves are slow to compile
+    gpu = {"leaves": 100, "size": 2_000_000}
+    whole = {"leaves": 12, "size": 4096**2, "batch": 2048, "forms": AMORTISED}
+    return [
+        *(Case("inners", inner) for inner in INNERS),
+        *(Case("sizes", "adam", size=50 * 10**i) for i in range(6)),
+        *(
+            Case("leaves", "adam", leaves, 10**7 // leaves, forms=few)
+            for leaves in (1, 20, 200, 2000)
+        ),
+        *(
+            Case("dtypes", inner, dtype="bfloat16", forms=list(FORMS))
+            for inner in ("sgd", "momentum", "adam")
+        ),
+        *(
+            Case("k", inner, size=100_000, k=k)
+            for inner in pair
+            for k in (1, 5, 10, 50)
+        ),
+        *(
+            Case("gpu", inner, dtype=dtype, **gpu)
+            for inner in ("sgd", "momentum", "adam")
+            for dtype in both
+        ),
+        *(
+            Case("gpu", inner, dtype=dtype, k=50, **gpu | {"forms": AMORTISED})
+            for inner in pair
+            for dtype in both
+        ),
+        *(
+            Case("whole", inner, dtype=dtype, k=k, **whole)
+            for inner in pair
+            for dtype in both
+            for k in (5, 50)
+        ),
+    ]
+
+
+def shrink(case: Case) -> Case:
+    if case.leaves * case.size <= 10_000:
+        return case
+    return case._replace(
+        leaves=min(case.leaves, 50), size=64**2, batch=min(case.batch, 64)
+    )
+
+
+def quick_cases() -> list[Case]:
+    """Returns some of every slice, at a small size."""
+    last = {case.slice: case for case in cases()}
+    return [
+        shrink(case)
+        for case in cases()
+        if case.slice == "inners" or shrink(case) == case or case == last[case.slice]
+    ]
+
+
+def whole_step(form: Form, case: Case) -> Program:
+    """Returns a training step: forward, backward and update."""
+    width = round(case.size**0.5)
+    x = tree(1, case.batch * width, case.dtype, seed=1)[0].reshape(-1, width)
+    params = [
+        w.reshape(width, width) / width**0.5
+        for w in tree(case.leaves, case.size, case.dtype, seed=0)
+    ]
+
+    def loss_fn(params, x):
+        for w in params:
+            x = jnp.tanh(x @ w)
+        return jnp.mean(x**2)
+
+    def step(carry, x):
+        params, state = carry
+        return form.apply(jax.grad(loss_fn)(form.fast(params), x), state, params)
+
+    return Program(step, form.init(params), x)
+
+
+def programs_of(case: Case) -> dict[str, Program]:
+    inner = INNERS[case.inner]
+    forms = {name: Form(name, FORMS[name](inner, case.k)) for name in case.forms}
+    if case.batch:
+        return {name: whole_step(form, case) for name, form in forms.items()}
+    params = tree(case.leaves, case.size, case.dtype, seed=0)
+    grads = tree(case.leaves, case.size, case.dtype, seed=1)
+    programs = {
+        name: optimizer_step(form, params, grads) for name, form in forms.items()
+    }
+    programs[COPY] = Program(lambda ps: [p + 1 for p in ps], params)
+    return programs
 
 
 class Row(NamedTuple):
-    """Figures of one form of one optimizer."""
+    """Figures of one form in one case; bytes as they are."""
 
-    inner: str
+    case: Case
     form: str
-    ratio: float  # median over rounds of the time over the inner optimizer's
-    low: float  # first and
-    high: float  # third quartile of the same
-    accessed: float  # bytes accessed by the compiled step, in units of N
-    temporary: float  # bytes of its temporaries, in units of N
+    rounds: int
+    seconds: float  # median over the rounds
+    ratio: Ratio  # of the time to the inner optimizer's
+    to_ours: Ratio  # and to optax_lookahead's
+    accessed: int
+    temporary: int
+    arguments: int
+    aliased: int
+    peak: int
+    carry: int
+    floor: int
+    copy_speed: float  # bytes a second, of the copy
 
 
-def measure(
-    name: str, leaves: int, size: int, k: int, rounds: int, steps: int
-) -> list[Row]:
-    """Returns a row for the inner optimizer alone and one for each lookahead."""
-    keys = jax.random.split(jax.random.key(0), 2 * leaves)
-    params = [jax.random.normal(key, (size,)) for key in keys[:leaves]]
-    grads = [jax.random.normal(key, (size,)) for key in keys[leaves:]]
-    inner = INNERS[name]()
-    forms = {
-        "inner alone": Step(inner, params, grads),
-        "optax_lookahead": Step(lookahead(inner, k, 0.5), params, grads),
-        "optax.lookahead": UpstreamStep(optax.lookahead(inner, k, 0.5), params, grads),
-    }
-    for form in forms.values():
-        form.seconds(2 * k)  # compiles and warms up
-    times = {form: [] for form in forms}
-    for _ in range(rounds):
-        for form, step in forms.items():
-            times[form].append(step.seconds(steps))
-    rows = []
-    unit = sum(p.nbytes for p in params)
-    for form, step in forms.items():
-        if step.traces != 1:
-            raise RuntimeError(f"{form} was traced {step.traces} times, not once.")
-        ratios = [t / i for t, i in zip(times[form], times["inner alone"], strict=True)]
-        low, median, high = statistics.quantiles(ratios, n=4)
-        compiled = step.compiled()
-        rows.append(
-            Row(
-                name,
-                form,
-                median,
-                low,
-                high,
-                compiled.cost_analysis()["bytes accessed"] / unit,
-                compiled.memory_analysis().temp_size_in_bytes / unit,
-            )
+def measure(case: Case, seconds: float) -> list[Row]:
+    programs = programs_of(case)
+    times = side_by_side(programs, case.k, seconds)
+    copy_speed = 0.0
+    if COPY in programs:
+        copy_speed = programs[COPY].floor / statistics.median(times[COPY])
+    return [
+        Row(
+            case,
+            name,
+            len(times[name]),
+            statistics.median(times[name]),
+            ratio(times[name], times[ALONE]),
+            ratio(times[name], times[OURS]),
+            *programs[name].counts,
+            nbytes(programs[name].carry),
+            programs[name].floor,
+            copy_speed,
         )
-    return rows
+        for name in case.forms
+    ]
+
+
+def unit(case: Case) -> int:
+    """Returns N."""
+    return case.leaves * case.size * jnp.dtype(case.dtype).itemsize
+
+
+def cells(row: Row, alone: Row) -> dict[str, Any]:
+    """Returns what the table says of one row."""
+    case, n = row.case, unit(row.case)
+    result = {
+        "inner": case.inner,
+        "form": row.form,
+        "floats": f"{case.leaves:,} x {case.size:,}",
+        "dtype": case.dtype,
+        "k": case.k,
+        "ms": f"{1e3 * row.seconds:.3g}",
+        "time / inner (quartiles)": row.ratio,
+    }
+    if case.batch:
+        result["time / ours (quartiles)"] = row.to_ours
+    else:
+        floor = row.floor / alone.floor
+        result |= {
+            "floor / inner": f"{floor:.2f}",
+            "of the floor": f"{floor / row.ratio.median:.0%}",
+            "of copy speed": f"{row.floor / row.seconds / row.copy_speed:.0%}",
+        }
+    return result | {
+        "accessed / N": f"{row.accessed / n:.2f}",
+        "temporaries / N": f"{row.temporary / n:.2f}",
+        "arguments / N": f"{row.arguments / n:.2f}",
+        "aliased / N": f"{row.aliased / n:.2f}",
+    }
+
+
+def violations(rows: list[Row], alone: Row) -> list[str]:
+    """Returns what in one case is not as claimed, the clock aside."""
+    result = []
+    for row in rows:
+        case = row.case
+        if row.form != OURS or case.batch:
+            continue
+        added = row.floor - alone.floor
+        # Two counters, int32, are read and written too.
+        if added != 2 * unit(case) + 16:
+            result.append(f"{case.label()}: lookahead adds {added:,} bytes, not 2 N")
+        # A few bytes of Adafactor's own are not in place.
+        if row.carry - row.aliased != alone.carry - alone.aliased:
+            result.append(
+                f"{case.label()}: {row.aliased:,} of {row.carry:,} bytes in place"
+            )
+        extra = row.temporary - alone.temporary
+        if case.inner in LEAFWISE and extra > 1000:
+            result.append(f"{case.label()}: {extra:,} bytes of temporaries more")
+    return result
+
+
+def as_json(row: Row) -> dict[str, Any]:
+    case = row.case._asdict()
+    del case["forms"]
+    ratios = {"ratio": row.ratio._asdict(), "to_ours": row.to_ours._asdict()}
+    return (
+        case | row._asdict() | ratios | {"case": row.case.label(), "n": unit(row.case)}
+    )
+
+
+# Safe for colour blindness, and told apart in black and white by their markers.
+STYLES = {
+    OURS: ("#0072B2", "o", "-"),
+    NESTEROV: ("#56B4E9", "s", "--"),
+    UPSTREAM: ("#D55E00", "^", "-"),
+    WHERE: ("#CC79A7", "v", ":"),
+    COND: ("#009E73", "D", "--"),
+    LOOP_COND: ("#444444", "P", ":"),
+}
+
+
+def draw(rows: list[Row], file: pathlib.Path) -> None:
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        print("No picture without matplotlib.", file=sys.stderr)
+        return
+    figure = Figure(figsize=(7.5, 5.5), layout="constrained")
+    axes = figure.subplots()
+    for form, (colour, marker, line) in STYLES.items():
+        own = [row for row in rows if row.form == form]
+        middle = np.array([row.ratio.median for row in own])
+        axes.errorbar(
+            [row.case.leaves * row.case.size for row in own],
+            middle,
+            [
+                middle - [row.ratio.low for row in own],
+                [row.ratio.high for row in own] - middle,
+            ],
+            linestyle=line,
+            marker=marker,
+            color=colour,
+            capsize=3,
+            elinewidth=1,
+            label=form,
+        )
+    ours, alone = (
+        next(row for row in reversed(rows) if row.form == form)
+        for form in (OURS, ALONE)
+    )
+    axes.axhline(
+        ours.floor / alone.floor, color="black", linewidth=1, label="floor by traffic"
+    )
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    ticks = [1, 1.25, 1.5, 2, 3, 4, 6]
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel("parameters, float32 in 20 leaves")
+    axes.set_ylabel("time of a step / time of Adam's")
+    axes.set_title("The optimizer step, k = 5: median over rounds and quartiles")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=3)
+    figure.savefig(file, dpi=130)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--leaves", type=int, default=20)
-    parser.add_argument("--size", type=int, default=500_000, help="floats in a leaf")
-    parser.add_argument("--k", type=int, default=5)
-    parser.add_argument("--rounds", type=int, default=40)
+    every = list(dict.fromkeys(case.slice for case in cases()))
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a minute on two cores")
+    parser.add_argument("--slices", nargs="+", choices=every, metavar="SLICE")
+    parser.add_argument("--seconds", type=float, help="for a case, or five rounds")
+    parser.add_argument("--json", type=pathlib.Path, metavar="FILE")
+    parser.add_argument("--out", type=pathlib.Path, metavar="PNG", help="of `sizes`")
     args = parser.parse_args()
-    if args.quick:
-        args.size, args.rounds = args.size // 10, 10
-    print(
-        f"jax {jax.__version__}, optax {optax.__version__}, "
-        f"{jax.devices()[0].device_kind} ({platform.machine()}), "
-        f"{args.leaves} x {args.size:,} float32, k = {args.k}, {args.rounds} rounds"
-    )
-    print("| inner | form | time / inner (quartiles) | bytes / N | temporaries / N |")
-    print("|---|---|---|---|---|")
-    for name in INNERS:
-        for row in measure(name, args.leaves, args.size, args.k, args.rounds, args.k):
-            print(
-                f"| {row.inner} | {row.form} | {row.ratio:.2f} ({row.low:.2f} to "
-                f"{row.high:.2f}) | {row.accessed:.2f} | {row.temporary:.2f} |"
-            )
+    slices = args.slices or (every if args.quick else every[:5])
+    if args.out and "sizes" not in slices:
+        parser.error("--out draws the slice `sizes`: add it to --slices.")
+    for file in filter(None, (args.json, args.out)):
+        if not file.parent.is_dir():
+            parser.error(f"the folder of {file} does not exist.")
+    seconds = args.seconds or (0.1 if args.quick else 6)
+
+    print(environment())
+    rows, wrong = [], []
+    measured = [
+        case
+        for case in (quick_cases() if args.quick else cases())
+        if case.slice in slices
+    ]
+    for slice_, group in itertools.groupby(
+        progress(measured, "case"), lambda case: case.slice
+    ):
+        table = []
+        for case in group:
+            new = measure(case, seconds)
+            table += [cells(row, new[0]) for row in new]
+            wrong += violations(new, new[0])
+            rows += new
+        same = {
+            name: table[0][name]
+            for name in ("inner", "floats", "dtype", "k")
+            if len({line[name] for line in table}) == 1
+        }
+        table = [{key: line[key] for key in line if key not in same} for line in table]
+        head = ", ".join(f"{name} {value}" for name, value in same.items())
+        print(f"\n\n{slice_}: {head}\n\n{markdown(table)}", flush=True)
+        if args.json:
+            text = {"environment": environment(), "rows": list(map(as_json, rows))}
+            args.json.write_text(json.dumps(text, indent=1) + "\n")
+    if args.out:
+        draw([row for row in rows if row.case.slice == "sizes"], args.out)
+    if wrong:
+        sys.exit("\n".join(wrong))
 
 
 if __name__ == "__main__":

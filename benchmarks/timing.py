@@ -1,0 +1,146 @@
+"""What the benchmarks share: programs that are counted, and timed side by side."""
+
+import argparse
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, NoReturn
+
+import jax
+import optax
+
+LEAST_ROUNDS = 5
+LEAST_ROUND = 0.02  # seconds, so that starting and stopping the clock is little of it
+
+
+class Counts(NamedTuple):
+    """What the compiler says about one run of a program, in bytes."""
+
+    accessed: int  # read and written by its kernels, from a cache or not
+    temporary: int
+    arguments: int
+    aliased: int  # results that are written over arguments
+    peak: int  # all that a step needs at once
+
+
+def nbytes(tree: Any) -> int:
+    return sum(x.nbytes for x in jax.tree.leaves(tree))
+
+
+class Program:
+    """A compiled step with what it carries on, which it is given to overwrite.
+
+    `step(carry, *inputs)` returns the next carry. It is compiled here.
+    """
+
+    def __init__(self, step: Callable[..., Any], carry: Any, *inputs: Any):
+        self.traces = 0
+
+        def counted(carry, *inputs):
+            self.traces += 1
+            return step(carry, *inputs)
+
+        self.step = jax.jit(counted, donate_argnums=0)
+        self.carry, self.inputs = carry, inputs
+        start = time.perf_counter()
+        lowered = self.step.lower(carry, *inputs)
+        traced = time.perf_counter()
+        compiled = lowered.compile()  # calls find it in the cache
+        self.trace_seconds = traced - start
+        self.compile_seconds = time.perf_counter() - traced
+        memory = compiled.memory_analysis()
+        self.counts = Counts(
+            int(compiled.cost_analysis()["bytes accessed"]),
+            memory.temp_size_in_bytes,
+            memory.argument_size_in_bytes,
+            memory.alias_size_in_bytes,
+            memory.argument_size_in_bytes
+            + memory.temp_size_in_bytes
+            + memory.output_size_in_bytes
+            - memory.alias_size_in_bytes,
+        )
+        # What has to move: the carry is read and written, the inputs are read.
+        self.floor = 2 * nbytes(carry) + nbytes(inputs)
+
+    def seconds(self, steps: int) -> float:
+        """Returns the mean time of a step over `steps` of them."""
+        start = time.perf_counter()
+        for _ in range(steps):
+            self.carry = self.step(self.carry, *self.inputs)
+        jax.block_until_ready(self.carry)
+        return (time.perf_counter() - start) / steps
+
+
+def side_by_side(
+    programs: dict[str, Program], steps: int, seconds: float
+) -> dict[str, list[float]]:
+    """Returns the times of a step of each program, one a round.
+
+    In a round the programs run one after the other, each for a multiple of `steps`, so
+    noise of the machine that lasts longer than a round is in all of them.
+    """
+    slowest = 0.0
+    for program in programs.values():
+        jax.block_until_ready(program.inputs)
+        program.seconds(steps)  # warms up
+        slowest = max(slowest, program.seconds(steps))
+    steps *= max(1, round(LEAST_ROUND / (slowest * steps)))
+    times: dict[str, list[float]] = {name: [] for name in programs}
+    end, rounds = time.perf_counter() + seconds, 0
+    while rounds < LEAST_ROUNDS or time.perf_counter() < end:
+        for name, program in programs.items():
+            times[name].append(program.seconds(steps))
+        rounds += 1
+    for name, program in programs.items():
+        if program.traces != 1:
+            sys.exit(f"{name} was traced {program.traces} times, not once.")
+    return times
+
+
+class Ratio(NamedTuple):
+    """Quartiles over the rounds of one program's time over another's."""
+
+    low: float
+    median: float
+    high: float
+
+    def __str__(self):
+        return f"{self.median:.2f} ({self.low:.2f} to {self.high:.2f})"
+
+
+def ratio(times: list[float], to: list[float]) -> Ratio:
+    pairs = zip(times, to, strict=True)
+    return Ratio(*statistics.quantiles([a / b for a, b in pairs], n=4))
+
+
+def environment() -> str:
+    device = jax.devices()[0]
+    return (
+        f"jax {jax.__version__}, optax {optax.__version__}, {device.device_kind} "
+        f"({platform.machine()}, {os.cpu_count()} cores)"
+    )
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """Returns a table with the keys of the rows as its head."""
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(row.values() for row in rows)]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def progress(items: Sequence[Any], unit: str) -> Iterable[Any]:
+    """Returns the items with a progress bar, or says that tqdm is not installed."""
+    try:
+        from tqdm import tqdm
+    except ModuleNotFoundError:
+        print("No progress bar without tqdm.", file=sys.stderr)
+        return items
+    return tqdm(items, unit=unit, leave=False)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        # One line, without argparse's usage before it.
+        self.exit(2, f"{self.prog}: error: {message}\n")
