@@ -1,5 +1,6 @@
 """What a sync does to the inner optimizer's state."""
 
+import functools
 from typing import Any
 
 import jax
@@ -26,9 +27,15 @@ _KEPT = {
     optax.contrib.ReduceLROnPlateauState: optax.contrib.ReduceLROnPlateauState._fields,
     optax.contrib.ScaleByAdemamixState: ("count_m2",),
     optax.contrib.ScheduleFreeState: ("step_count",),
-    # Scheduled weight decay has a state whose type Optax does not export.
-    type(optax.add_decayed_weights(lambda count: 0.0 * count).init(())): ("count",),
 }
+
+
+@functools.cache
+def _kept_fields() -> dict[type, tuple[str, ...]]:
+    # Scheduled weight decay has a state whose type Optax does not export. It is made
+    # here, not on import, since that would settle JAX on its devices.
+    decay = type(optax.add_decayed_weights(lambda count: 0.0 * count).init(()))
+    return {**_KEPT, decay: ("count",)}
 
 
 def reset(
@@ -38,9 +45,10 @@ def reset(
     params: optax.Params,
 ) -> optax.OptState:
     """Returns at a sync what `inner.init` gives, with training time left as it is."""
+    fields = _kept_fields()
 
     def node(old, new):
-        kept = _KEPT.get(type(old))
+        kept = fields.get(type(old))
         if kept is None:
             return select(sync, new, old)
         return old._replace(
@@ -52,7 +60,7 @@ def reset(
         )
 
     def walk(old, new):
-        return jax.tree.map(node, old, new, is_leaf=lambda x: type(x) in _KEPT)
+        return jax.tree.map(node, old, new, is_leaf=lambda x: type(x) in fields)
 
     return walk(fast_state, inner.init(params))
 

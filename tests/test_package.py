@@ -3,6 +3,8 @@
 import importlib.metadata
 import pathlib
 import re
+import subprocess
+import sys
 
 import optax_lookahead
 
@@ -47,3 +49,13 @@ def test_the_version_is_the_distributions():
 
 def test_type_information_is_shipped():
     assert (ROOT / "py.typed").exists()
+
+
+def test_importing_it_leaves_jax_free_to_choose_its_devices():
+    # As `jax.distributed.initialize` has to, which may come after the imports.
+    script = (
+        "import jax, optax_lookahead\n"
+        "jax.config.update('jax_num_cpu_devices', 3)\n"
+        "assert jax.device_count('cpu') == 3\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
