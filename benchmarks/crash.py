@@ -14,7 +14,6 @@ A kill counts as inside a save if it left an unfinished checkpoint on the disk.
     python benchmarks/crash.py --kills 100 --seed 1
 """
 
-import argparse
 import collections
 import contextlib
 import math
@@ -33,6 +32,7 @@ import jax
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
+from timing import Parser
 from tqdm import tqdm
 
 from optax_lookahead import lookahead
@@ -211,12 +211,6 @@ def draw_doom(rng: np.random.Generator, number: int) -> Doom:
             return Doom("step", n, rng.uniform(0, 0.05))
         case _:
             return Doom("restore", 1, rng.uniform(0, 0.2))
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        # One line, without argparse's usage before it.
-        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def stop(message: str) -> NoReturn:

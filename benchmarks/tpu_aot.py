@@ -20,7 +20,6 @@ little where a form is staged and its neighbour is not.
     python benchmarks/tpu_aot.py --quick    # four chips, Adam, a small model
 """
 
-import argparse
 import importlib.metadata
 import itertools
 import math
@@ -36,6 +35,7 @@ import numpy as np
 import optax
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from timing import Parser
 
 from optax_lookahead import lookahead, outer_loop
 
@@ -269,12 +269,6 @@ def load_libtpu() -> None:
         reason = str(error).splitlines()[0]
         print(f'{reason} Run `python -m pip install -e ".[tpu-aot]"`.', file=sys.stderr)
         sys.exit(NO_LIBTPU)
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        # One line, without argparse's usage before it.
-        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def check_claim(counts: dict[tuple[str, str, str, str], Counts]) -> None:
