@@ -72,7 +72,9 @@ def lookahead(
           hyperparameters, of `optax.contrib.reduce_on_plateau`, of conditions on the
           step and of the annealing in `optax.add_noise`. A count that corrects the
           bias of moments starts again with them, and with it a schedule that an
-          optimizer reads off that count (`optax.contrib.prodigy` does, and `momo`).
+          optimizer reads off that count (`optax.contrib.prodigy` does, as do `momo`
+          and `dadapt_adamw`). So do random keys, whose noise then repeats itself, and
+          cycles within `inner`, such as those of `optax.MultiSteps`.
         - `"interpolate"`: its floating leaves that are like the parameters, such as
           moments, move to `old + alpha * (now - old)`, with their value at the last
           sync as `old`; the others stay. The state then holds a copy of them. A
