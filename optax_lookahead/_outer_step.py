@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.extend.core import Literal
 
 from ._state import select
-from ._validation import check_outer_state
+from ._validation import check_outer_result
 
 
 def step_if(
@@ -27,7 +27,7 @@ def step_if(
     state from there on, it makes of the selected one: where it counts, the same.
     """
     closed, shapes = jax.make_jaxpr(update, return_shape=True)(state)
-    check_outer_state(shapes[1], state)
+    check_outer_result("a state", shapes[1], state)
     jaxpr, old = closed.jaxpr, jax.tree.leaves(state)
     outputs = jaxpr.outvars[len(jaxpr.outvars) - len(old) :]
     # Not what comes in, such as parameters that the new state remembers, or an old

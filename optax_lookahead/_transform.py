@@ -14,7 +14,7 @@ from ._validation import (
     check_alpha,
     check_inner_state,
     check_k,
-    check_outer_updates,
+    check_outer_result,
     check_params,
     check_reserved,
     check_slow_dtype,
@@ -292,7 +292,7 @@ def _cycles(
                 outer.update, pseudo_grads, params=outer_params, **extra_args
             )
             outer_updates, outer_state = step_if(sync, outer_step, state.outer_state)
-            check_outer_updates(outer_updates, pseudo_grads)
+            check_outer_result("updates", outer_updates, pseudo_grads)
             backs = [
                 None if g is None else du if wide else h + jnp.asarray(du, h.dtype)
                 for g, h, du, wide in zip(

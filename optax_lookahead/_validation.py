@@ -134,42 +134,20 @@ def check_reserved(extra_args: dict[str, Any], fast_side: type) -> None:
         )
 
 
-def check_outer_updates(outer_updates: Any, pseudo_grads: Any) -> None:
-    """Raises unless the outer optimizer returned updates like what it was given."""
-    got = jax.tree.structure(outer_updates)
-    expected = jax.tree.structure(pseudo_grads)
+def check_outer_result(what: str, new: Any, given: Any) -> None:
+    """Raises unless the outer optimizer returned what is like what it was given."""
+    got, expected = jax.tree.structure(new), jax.tree.structure(given)
     if got != expected:
         raise ValueError(
-            "`outer` must return updates with the tree that it is given, got "
-            f"{got} where {expected} was given. Use an optimizer that keeps the tree."
-        )
-    for (path, du), g in zip(
-        jax.tree.leaves_with_path(outer_updates),
-        jax.tree.leaves(pseudo_grads),
-        strict=True,
-    ):
-        if not _same_shape(du, g):
-            raise ValueError(
-                "`outer` must return updates with the shapes that it is given, got "
-                f"{jnp.shape(du)} where {describe_path(path)} has {jnp.shape(g)}. Use "
-                "an optimizer that keeps the shapes."
-            )
-
-
-def check_outer_state(new: Any, state: Any) -> None:
-    """Raises unless the outer optimizer returned a state like what it was given."""
-    got, expected = jax.tree.structure(new), jax.tree.structure(state)
-    if got != expected:
-        raise ValueError(
-            "`outer` must return a state with the tree that it is given, got "
+            f"`outer` must return {what} with the tree that it is given, got "
             f"{got} where {expected} was given. Use an optimizer that keeps the tree."
         )
     for (path, x), old in zip(
-        jax.tree.leaves_with_path(new), jax.tree.leaves(state), strict=True
+        jax.tree.leaves_with_path(new), jax.tree.leaves(given), strict=True
     ):
         if not _same_shape(x, old):
             raise ValueError(
-                "`outer` must return a state with the shapes that it is given, got "
+                f"`outer` must return {what} with the shapes that it is given, got "
                 f"{jnp.shape(x)} where {describe_path(path)} has {jnp.shape(old)}. Use "
                 "an optimizer that keeps the shapes."
             )
