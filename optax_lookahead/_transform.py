@@ -256,14 +256,11 @@ def _cycles(
         ps, treedef = jax.tree.flatten(params)
         # Up to the leaves of `params`, since an update may be None.
         us = treedef.flatten_up_to(updates)
-        alike = jax.tree.structure(grads) == treedef
+        lates = _made_late(params, (fast_state, grads), (state.fast_state,))
         phis = [
-            phi_of_cycle(_once_there(g, p, start), p, phi)
-            for g, p, phi in zip(
-                jax.tree.leaves(grads) if alike else [None] * len(ps),
-                ps,
-                treedef.flatten_up_to(state.slow_params),
-                strict=True,
+            phi_of_cycle(_once_there(late, start), p, phi)
+            for late, p, phi in zip(
+                lates, ps, treedef.flatten_up_to(state.slow_params), strict=True
             )
         ]
         wider = list(map(is_wider, phis, ps))
@@ -347,15 +344,31 @@ def phi_of_cycle(start, p, phi):
     return jnp.where(start, wide, phi)
 
 
-def _once_there(g, p, start):
-    """Returns `start`, in a form that takes the gradient to compute."""
+def _made_late(params, sources, given):
+    """Returns arrays like the parameters that the inner step makes, such as moments."""
+    leaves, treedef = jax.tree.flatten(params)
+    old = {id(x) for x in jax.tree.leaves(given)}
+
+    def is_like(tree):
+        return jax.tree.structure(tree) == treedef
+
+    for tree in jax.tree.leaves(sources, is_leaf=is_like):
+        xs = jax.tree.leaves(tree)
+        # The types also tell what differs between devices, which must not spread.
+        if is_like(tree) and all(
+            id(x) not in old and _is_inexact(x) and jax.typeof(x) == jax.typeof(p)
+            for x, p in zip(xs, leaves, strict=True)
+        ):
+            return xs
+    return [None] * len(leaves)
+
+
+def _once_there(late, start):
+    """Returns `start`, in a form that takes the array `late` to compute."""
     # Where the whole training step is one program, XLA's CPU backend would otherwise
     # write the slow weights first of all, while the backward pass still has to read
     # the parameters, and keep a copy of all of them for that.
-    # Of another type, which also tells what differs between devices, it would spread.
-    if not hasattr(g, "dtype") or jax.typeof(g) != jax.typeof(p) or not _is_inexact(g):
-        return start
-    return start | ((g == g) & (g != g))
+    return start if late is None else start | ((late == late) & (late != late))
 
 
 def _pseudo_grad(u, p, phi):
