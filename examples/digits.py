@@ -19,6 +19,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import optax
+from command_line import BLUE, GREEN, ORANGE, Parser
 from flax.training.train_state import TrainState
 from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
@@ -28,7 +29,6 @@ from tqdm import tqdm
 from optax_lookahead import lookahead, slow_params
 
 BATCH = 32
-BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"  # safe for colour blindness
 CYCLES = 12  # at the end of training, evaluated at every update
 INNERS = {
     "SGD": (lambda lr: optax.sgd(lr, momentum=0.9), {"fine": 0.1, "too large": 0.3}),
@@ -218,12 +218,6 @@ def draw_cycles(axes, name: str, group: list[Run], args: argparse.Namespace) -> 
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3)
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        # One line, without argparse's usage before it.
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=600, help="updates in a run")
@@ -232,16 +226,14 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--alpha", type=float, default=0.5, help="slow step size")
     parser.add_argument("--out", type=pathlib.Path, default="digits.png", help="a PNG")
     args = parser.parse_args(argv)
-    if args.seeds < 1:
-        parser.error(f"--seeds must be at least 1, got {args.seeds}.")
+    parser.check_counts(args, "seeds")
     try:
         lookahead(optax.identity(), args.k, args.alpha)
     except ValueError as error:
         parser.error(str(error))
     if args.steps < args.k:
         parser.error(f"--steps must be at least k = {args.k}, got {args.steps}.")
-    if args.out.suffix != ".png" or not args.out.parent.is_dir():
-        parser.error(f"--out must be a .png in an existing folder, got {args.out}.")
+    parser.check_picture(args.out)
     return args
 
 

@@ -11,8 +11,9 @@ It is float64, in which the two agree to rounding; in float32 training amplifies
     python examples/multiprocess.py
     python examples/multiprocess.py --processes 4 --steps 403 --folder run
 
-It needs `digits.py` beside it, and Linux or macOS. In a cluster start one process on
-each host and call `jax.distributed.initialize` there; `train` stays as it is.
+It needs its neighbours `digits.py` and `command_line.py`, and Linux or macOS. In a
+cluster start one process on each host and call `jax.distributed.initialize` there;
+`train` stays as it is.
 """
 
 import argparse
@@ -35,7 +36,8 @@ import jax
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-from digits import CNN, Parser, accuracy, load_data, loss_fn
+from command_line import Parser
+from digits import CNN, accuracy, load_data, loss_fn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
@@ -353,8 +355,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--timeout", type=float, default=300, help="of all, in seconds")
     args = parser.parse_args(argv)
-    if args.processes < 1:
-        parser.error(f"--processes must be at least 1, got {args.processes}.")
+    parser.check_counts(args, "processes")
     if args.steps < 2:
         parser.error(f"--steps must be at least 2, got {args.steps}.")
     if not args.timeout > 0:

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import optax
+from command_line import BLUE, GREEN, ORANGE, Parser
 from flax import nnx
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
@@ -30,7 +31,6 @@ from tqdm import tqdm
 
 from optax_lookahead import lookahead, slow_params
 
-BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"  # safe for colour blindness
 EVALUATIONS = 8  # in a run
 HEADS = 4
 HELD_OUT = 16_384  # bytes to predict in an evaluation, rounded to whole windows
@@ -330,12 +330,6 @@ def draw_rates(axes, runs, args: argparse.Namespace) -> None:
     axes.legend()
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        # One line, without argparse's usage before it.
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
 def parse_args(argv: list[str], text: Text) -> argparse.Namespace:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=500, help="updates in a run")
@@ -377,15 +371,12 @@ def parse_args(argv: list[str], text: Text) -> argparse.Namespace:
 
 def check_sizes_and_rates(parser: Parser, args: argparse.Namespace) -> None:
     """Checks the arguments that `outer_optimizers.py` has too, and sorts the rates."""
-    for name in ("seeds", "width", "depth", "context", "batch"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}.")
+    parser.check_counts(args, "seeds", "width", "depth", "context", "batch")
     if not all(0 < rate < math.inf for rate in args.rates):
         parser.error(f"--rates must be positive and finite, got {grid(args)}.")
     if args.width % HEADS:
         parser.error(f"--width must be a multiple of {HEADS} heads, got {args.width}.")
-    if args.out.suffix != ".png" or not args.out.parent.is_dir():
-        parser.error(f"--out must be a .png in an existing folder, got {args.out}.")
+    parser.check_picture(args.out)
     args.rates = sorted(set(args.rates))
 
 

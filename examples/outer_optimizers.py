@@ -35,15 +35,12 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import optax
+from command_line import BLUE, GREEN, ORANGE, Parser
 from flax import nnx
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 from nnx_language_model import (
-    BLUE,
-    GREEN,
-    ORANGE,
     LanguageModel,
-    Parser,
     Text,
     check_sizes_and_rates,
     evaluate,
