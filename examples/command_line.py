@@ -1,10 +1,11 @@
-"""What the examples share: the parser of options, its checks, and colours."""
+"""What the examples share: the parser of options, its checks, words and colours."""
 
 import argparse
 import pathlib
 from typing import NoReturn
 
-BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"  # safe for colour blindness
+# Safe for colour blindness.
+BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 
 
 class Parser(argparse.ArgumentParser):
@@ -22,3 +23,7 @@ class Parser(argparse.ArgumentParser):
     def check_picture(self, path: pathlib.Path) -> None:
         if path.suffix != ".png" or not path.parent.is_dir():
             self.error(f"--out must be a .png in an existing folder, got {path}.")
+
+
+def describe(setting: dict[str, float]) -> str:
+    return ", ".join(f"{name} = {value:g}" for name, value in setting.items())

@@ -35,7 +35,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import optax
-from command_line import BLUE, GREEN, ORANGE, Parser
+from command_line import BLUE, GREEN, ORANGE, Parser, describe
 from flax import nnx
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
@@ -176,10 +176,6 @@ def best_of(losses: np.ndarray) -> tuple[int, int]:
     means = np.nan_to_num(losses[..., -1].mean(axis=-1), nan=math.inf)
     setting, rate = np.unravel_index(means.argmin(), means.shape)
     return int(setting), int(rate)
-
-
-def describe(setting: dict[str, float]) -> str:
-    return ", ".join(f"{name} = {value:g}" for name, value in setting.items())
 
 
 def print_table(losses: dict[str, np.ndarray], args: argparse.Namespace) -> None:

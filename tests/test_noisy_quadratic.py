@@ -10,12 +10,15 @@ import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
+import equal_risk
 import jax
 import jax.numpy as jnp
-import noisy_quadratic as example
+import momentum_rates
+import noisy_quadratic
 import numpy as np
 import optax
 import pytest
+import quadratic_runs as runs
 import quadratic_theory as theory
 from scipy.linalg import solve_discrete_lyapunov
 from test_examples import check_one_line_of_error, run
@@ -25,7 +28,7 @@ from optax_lookahead import lookahead, outer_loop, slow_params
 POLICIES = "keep", "reset", "interpolate"
 CHAINS = 20_000
 # Five standard errors of a variance estimated from so many chains: 5 % of it.
-BAND = example.LIMIT * np.sqrt(2 / (CHAINS - 1))
+BAND = runs.LIMIT * np.sqrt(2 / (CHAINS - 1))
 
 G, B, K, ALPHA, ETA, MU = 0.3, 0.9, 5, 0.3, 0.7, 0.6
 SGD, SGD_SYSTEM = optax.sgd(G), theory.sgd(G, 1.0, 1.0)
@@ -211,18 +214,18 @@ POINTS = {
 
 @pytest.mark.parametrize("name", POINTS)
 def test_many_chains_have_the_mean_and_the_variance_of_the_theory(name):
-    method = example.METHODS[name]
+    method = runs.METHODS[name]
     settings = [method.shown, POINTS[name]]
-    steps = max(example.steps_of(method, setting) for setting in settings)
-    run = example.make_run(method.make, CHAINS, steps)
-    moments = np.asarray(run(steps, np.arange(2), **example.stack(settings)))
+    steps = max(runs.steps_of(method, setting) for setting in settings)
+    run = runs.make_run(method.make, CHAINS, steps)
+    moments = np.asarray(run(steps, np.arange(2), **runs.stack(settings)))
     for setting, of_setting in zip(settings, moments, strict=True):
-        checks = list(example.checks_of(method, setting, of_setting, CHAINS))
+        checks = list(runs.checks_of(method, setting, of_setting, CHAINS))
         whats = {check.what for check in checks}
         assert {"transient mean", "transient variance", "stationary variance"} <= whats
         assert ("variance within a cycle" in whats) == ("k" in setting)
         for check in checks:
-            assert abs(check.z) < example.LIMIT, (name, setting, check)
+            assert abs(check.z) < runs.LIMIT, (name, setting, check)
             if "variance" in check.what:
                 error = check.measured / check.theory - 1
                 assert abs(error) <= BAND
@@ -230,9 +233,7 @@ def test_many_chains_have_the_mean_and_the_variance_of_the_theory(name):
 
 def shown(name, **changes):
     """Returns the stationary variance and the mean after 4 syncs of that setting."""
-    _, cycle, _ = example.METHODS[name].systems(
-        **(example.METHODS[name].shown | changes)
-    )
+    _, cycle, _ = runs.METHODS[name].systems(**(runs.METHODS[name].shown | changes))
     mean, _ = theory.after(cycle, 4, np.eye(len(cycle.noise))[0], cycle.noise)
     return stationary(cycle), mean[0]
 
@@ -258,19 +259,19 @@ def test_the_band_tells_the_formulas_apart():
     # The stationary variance hardly depends on k. The mean does, and is estimated to
     # five standard errors of at most 5 / sqrt(CHAINS), from a start of 3.
     means = [shown("Lookahead", rate=0.1, k=k)[1] for k in (4, 5, 6)]
-    assert min(-np.diff(means)) * example.START_MEAN > 2 * example.LIMIT / CHAINS**0.5
+    assert min(-np.diff(means)) * runs.START_MEAN > 2 * runs.LIMIT / CHAINS**0.5
 
 
 def test_slow_weights_stand_still_while_the_fast_ones_spread():
-    method, k, steps = example.METHODS["Lookahead"], 5, 100
-    setting = example.stack([method.shown])
+    method, k, steps = runs.METHODS["Lookahead"], 5, 100
+    setting = runs.stack([method.shown])
 
     def cycle(read):
-        run = example.make_run(method.make, CHAINS, steps, read)
+        run = runs.make_run(method.make, CHAINS, steps, read)
         variance = np.asarray(run(steps, np.arange(1), **setting))[0, :, 1]
         return variance[-k - 1 : -1]  # from a sync on
 
-    slow, fast = cycle(slow_params), cycle(example.fast_weights)
+    slow, fast = cycle(slow_params), cycle(runs.fast_weights)
     np.testing.assert_array_equal(slow, slow[0])
     assert fast[0] == slow[0]
     stationary = theory.lookahead_variance(0.5, 1.0, 1.0, k, 0.5)
@@ -281,83 +282,110 @@ def test_slow_weights_stand_still_while_the_fast_ones_spread():
 
 
 def test_equal_risk_is_found_and_figure_3_has_a_gain_for_a_spread_of_curvatures():
-    spread, single = example.SPECTRA.values()
+    alphas, (spread, single) = equal_risk.ALPHAS, equal_risk.SPECTRA.values()
     for curvature in (spread, single):
-        rates = example.rate_of_risk(0.313, example.ALPHAS, curvature)
+        rates = equal_risk.rate_of_risk(0.313, alphas, curvature)
         found = ~np.isnan(rates)
-        risks = example.steady_risk(rates[found], example.ALPHAS[found], curvature)
+        risks = equal_risk.steady_risk(rates[found], alphas[found], curvature)
         np.testing.assert_allclose(risks, 0.313, rtol=1e-9)
-        losses = example.loss_after(rates, example.ALPHAS, curvature)
+        losses = equal_risk.loss_after(rates, alphas, curvature)
         if curvature is single:
             assert np.nanmin(losses) == pytest.approx(losses[-1], rel=1e-9)
         else:
             assert losses[-1] == pytest.approx(18.1, abs=0.05)
             assert np.nanmin(losses) == pytest.approx(11.1, abs=0.05)
-            assert example.ALPHAS[np.nanargmin(losses)] == pytest.approx(0.12)
+            assert alphas[np.nanargmin(losses)] == pytest.approx(0.12)
 
 
 @pytest.mark.parametrize("ends", [False, True])
 def test_the_best_rate_of_figure_4_is_the_best_of_all(ends):
-    radii = np.random.default_rng(0).random(example.PRODUCTS.size)
-    first = np.searchsorted(example.PRODUCTS, example.SLOWEST_RATE)
+    radii = np.random.default_rng(0).random(momentum_rates.PRODUCTS.size)
+    first = np.searchsorted(momentum_rates.PRODUCTS, momentum_rates.SLOWEST_RATE)
     for steps in (0, 1, 6, 401):
-        rho, rate, slowest = example.best_rate(radii, steps / example.PER_DECADE, ends)
+        rho, rate, slowest = momentum_rates.best_rate(
+            radii, steps / momentum_rates.PER_DECADE, ends
+        )
         worst = [
             radii[[i - steps, i]].max() if ends else radii[i - steps : i + 1].max()
             for i in range(first, radii.size)
         ]
         assert rho == min(worst)
         best = first + np.argmin(worst)
-        assert rate == example.PRODUCTS[best]
-        product = np.abs(example.PRODUCTS / (rate * slowest) - 1).argmin()
+        assert rate == momentum_rates.PRODUCTS[best]
+        product = np.abs(momentum_rates.PRODUCTS / (rate * slowest) - 1).argmin()
         assert radii[product] == rho
         assert best - steps <= product <= best
 
 
-def test_the_script_prints_the_checks_and_draws_the_picture(tmp_path):
+def test_the_grid_has_635_settings_and_4415_numbers_of_the_theory():
+    counts = [
+        len(list(runs.checks_of(method, setting, np.ones((2000, 2)), 2)))
+        for method in runs.METHODS.values()
+        for setting in runs.settings_of(method)
+    ]
+    assert (len(counts), sum(counts)) == (635, 4415)
+
+
+@pytest.fixture
+def run_here(monkeypatch):
+    """Runs the script in this process, and turns off the 64-bit types it turns on."""
+
+    def run_here(*options):
+        argv = ["noisy_quadratic.py", *map(str, options)]
+        monkeypatch.setattr(sys, "argv", argv)
+        noisy_quadratic.main()
+
+    yield run_here
+    jax.config.update("jax_enable_x64", False)
+
+
+def test_the_script_prints_the_checks_and_draws_the_picture(
+    run_here, monkeypatch, capsys, tmp_path
+):
     picture = tmp_path / "quadratic.png"
-    options = "--chains", 200, "--points", 2, "--out", picture
-    # It spends its time on compiling.
-    flags = "--xla_backend_optimization_level=0"
-    result = run("noisy_quadratic.py", *options, XLA_FLAGS=flags)
-    assert result.returncode == 0, result.stderr
+    # The other methods would only add their compilation.
+    few = {name: runs.METHODS[name] for name in ("SGD", "Lookahead")}
+    monkeypatch.setattr(runs, "METHODS", few)
+    monkeypatch.setattr(equal_risk, "RISKS", np.geomspace(0.05, 8, 4))
+    run_here("--chains", 200, "--points", 2, "--out", picture)
+    printed = capsys.readouterr()
     row = r" +(\d+) +(\d+) +(\d\.\d+) +(\d+\.\d) %"
-    rows = re.findall(rf"^(\w[\w ,]*?){row}$", result.stdout, re.M)
-    assert [name for name, *_ in rows] == [*example.METHODS, "all"]
-    assert rows[-1][1:3] == ("635", "4415")
-    rates = re.findall(r"^0\.9+ +\d+(?: +\d\.\d{3}e-\d\d){5}$", result.stdout, re.M)
+    rows = re.findall(rf"^(\w[\w ,]*?){row}$", printed.out, re.M)
+    counts = [row[:2] for row in rows]
+    assert counts == [("SGD", "5"), ("Lookahead", "60"), ("all", "65")]
+    losses = re.findall(r"^ +\d\.\d{4} .* \d\.\d\d +\d+$", printed.out, re.M)
+    assert len(losses) == 4, "two steady-state losses for two spectra"
+    rates = re.findall(r"^0\.9+ +\d+(?: +\d\.\d{3}e-\d\d){5}$", printed.out, re.M)
     assert len(rates) == 6, "two condition numbers at three betas"
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert "635/635" in result.stderr, "the progress bar counts every setting"
+    assert "65/65" in printed.err, "the progress bar counts every setting"
 
 
 @pytest.mark.parametrize(
     ("measured", "agrees"), [(1.4, True), (1.6, False), (np.nan, False)]
 )
 def test_beyond_five_standard_errors_is_a_disagreement(measured, agrees, monkeypatch):
-    monkeypatch.setattr(example, "METHODS", {"SGD": example.METHODS["SGD"]})
-    check = example.Check("stationary variance", 1.0, measured, 0.1)
-    args = example.parse_args([])
-    assert example.print_checks({"SGD": [({"rate": 1.0}, [check])]}, args) == agrees
+    monkeypatch.setattr(runs, "METHODS", {"SGD": runs.METHODS["SGD"]})
+    check = runs.Check("stationary variance", 1.0, measured, 0.1)
+    args = noisy_quadratic.parse_args([])
+    assert runs.print_checks({"SGD": [({"rate": 1.0}, [check])]}, args) == agrees
 
 
 def test_the_script_fails_where_the_runs_are_not_those_of_the_theory(
-    monkeypatch, capsys, x64
+    run_here, monkeypatch, capsys
 ):
-    right = example.METHODS["Lookahead"]
+    right = runs.METHODS["Lookahead"]
     wrong = right._replace(
         systems=lambda rate, k, alpha: right.systems(rate, k, 1 - alpha),
         grid=right.grid | {"k": (5,), "alpha": (0.2,)},
     )
-    monkeypatch.setattr(example, "METHODS", {"Lookahead": wrong})
+    monkeypatch.setattr(runs, "METHODS", {"Lookahead": wrong})
     # Only this part disagrees, and the others are not of interest.
-    monkeypatch.setattr(example, "SPECTRA", {})
-    monkeypatch.setattr(example, "BETAS", (0.9,))
-    monkeypatch.setattr(example, "draw", lambda *args: None)
-    options = ["--chains", "2000", "--points", "1"]
-    monkeypatch.setattr(sys, "argv", ["noisy_quadratic.py", *options])
+    monkeypatch.setattr(equal_risk, "SPECTRA", {})
+    monkeypatch.setattr(momentum_rates, "BETAS", (0.9,))
+    monkeypatch.setattr(noisy_quadratic, "draw", lambda *args: None)
     with pytest.raises(SystemExit) as exit_:
-        example.main()
+        run_here("--chains", 2000, "--points", 1)
     assert exit_.value.code not in (0, None)
     assert (
         "Lookahead, rate = 0.1, k = 5, alpha = 0.2: Check(" in capsys.readouterr().out
