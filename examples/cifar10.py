@@ -313,10 +313,16 @@ def make_programs(model, mesh: Mesh, mean, std) -> Programs:
     )
 
 
+def wait_on_cpu(results):
+    """Returns them when they are there: virtual CPU devices can deadlock on a queue."""
+    cpu = jax.default_backend() == "cpu"
+    return jax.block_until_ready(results) if cpu else results
+
+
 def measure_stats(programs: Programs, params, x, batches):
     """Returns BatchNorm's statistics for these weights: the mean over the batches."""
     stats = [
-        programs.measure(params, x, rows, jax.random.key(i))
+        wait_on_cpu(programs.measure(params, x, rows, jax.random.key(i)))
         for i, rows in enumerate(batches)
     ]
     return jax.tree.map(lambda *stats: sum(stats) / len(stats), *stats)
@@ -325,7 +331,9 @@ def measure_stats(programs: Programs, params, x, batches):
 def accuracy(programs, params, batch_stats, data, batch) -> float:
     images = len(data.test_y)
     rows = np.resize(np.arange(images), (math.ceil(images / batch), batch))
-    classes = [programs.predict(params, batch_stats, data.test_x, r) for r in rows]
+    classes = [
+        wait_on_cpu(programs.predict(params, batch_stats, data.test_x, r)) for r in rows
+    ]
     return 100 * np.mean(np.concatenate(classes)[:images] == data.test_y)
 
 
@@ -374,13 +382,16 @@ def train(name: str, data: Data, programs: Programs, state, args, bar) -> Run:
         batches = shuffled(len(data.train_x), args.batch, args.seed, epoch)
         losses = []
         for rows in batches:
-            state, loss = programs.update(state, data.train_x, data.train_y, rows, key)
-            # Waits, since virtual CPU devices can deadlock on queued updates.
-            losses.append(float(loss))
-            if not math.isfinite(losses[-1]):
-                bar.close()
-                sys.exit(f"{name}: a loss in epoch {epoch + 1} is {loss}.")
+            state, loss = wait_on_cpu(
+                programs.update(state, data.train_x, data.train_y, rows, key)
+            )
+            losses.append(loss)
             bar.update()
+        losses = np.array(losses)
+        if not np.isfinite(losses).all():
+            bar.close()
+            first = losses[~np.isfinite(losses)][0]
+            sys.exit(f"{name}: a loss in epoch {epoch + 1} is {first}.")
         params = next(iter(weights(state, name).values()))
         history[:, epoch] = np.mean(losses), evaluate_measured(params, batches)
         if args.checkpoint:
