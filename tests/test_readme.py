@@ -298,15 +298,28 @@ def test_only_upstream_fast_and_slow_weights_differ_after_a_sync():
     assert np.any(np.asarray(pair.fast["w"]) != np.asarray(pair.slow["w"]))
 
 
-def test_the_picture_and_the_files_that_it_points_to_exist():
-    root = pathlib.Path(__file__).parent.parent
-    links = re.findall(r"\]\((?!https?:|#)([^)]+)\)", README)
-    assert "examples/digits.png" in links
-    assert [link for link in links if not (root / link).exists()] == []
-    headings = [
-        h.lower().replace(" ", "-") for h in re.findall(r"^#+ (.+)", README, re.M)
-    ]
-    assert set(re.findall(r"\]\(#([^)]+)\)", README)) <= set(headings)
+def headings(page):
+    titles = re.findall(r"^#+ (.+)", page.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", t).lower().replace(" ", "-") for t in titles}
+
+
+@pytest.mark.parametrize(
+    ("page", "picture"),
+    [
+        ("README.md", "examples/digits.png"),
+        ("examples/README.md", "noisy_quadratic.png"),
+        ("benchmarks/README.md", "scaling.png"),
+    ],
+)
+def test_the_pictures_files_and_headings_that_a_page_points_to_exist(page, picture):
+    page = pathlib.Path(__file__).parent.parent / page
+    links = re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text())
+    assert picture in links
+    for link in links:
+        path, _, heading = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not heading or heading in headings(target), link
 
 
 def test_the_adaptive_alpha_trains_and_is_shown(capsys):
