@@ -119,8 +119,8 @@ def read_archive(path: pathlib.Path) -> Data:
             f"{URL} and name it with --data."
         ) from None
     except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
-        problem = str(error).partition("\n")[0]
-        raise ValueError(f"{path} is not a whole tar archive: {problem}.") from None
+        problem = str(error).partition("\n")[0].rstrip(":")
+        raise ValueError(f"{path} is not a whole tar archive ({problem}).") from None
     classes = 100 if "train" in members else 10
     arrays = []
     for names in (TRAIN[classes], TEST[classes]):

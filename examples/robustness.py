@@ -341,7 +341,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     if args.experiment not in EXPERIMENTS:
-        parser.error(f"the experiment must be one of {names}, got {args.experiment}.")
+        got = args.experiment or "none"
+        parser.error(f"the experiment must be one of {names}, got {got}.")
     if args.seeds is None:
         args.seeds = 40 if args.experiment == "cycles" else 10
     parser.check_counts(args, "seeds")
