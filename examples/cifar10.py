@@ -466,8 +466,8 @@ def print_table(runs: dict[str, Run]) -> None:
     row = "{:<12}{:<29}{:>16}"
     print("\n" + row.format("optimizer", "weights", "test accuracy, %"))
     for name, run in runs.items():
-        for weights, accuracy in run.final.items():
-            print(row.format(name, weights, f"{accuracy:.2f}"))
+        for label, percent in run.final.items():
+            print(row.format(name, label, f"{percent:.2f}"))
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ in all methods, start from the same weights and see the same batches.
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -157,16 +158,17 @@ def train_all(
     """
     last = last or steps
     measured = {name: {} for name in data_sets}
-    sizes = [np.size(next(iter(m.settings.values()))) for m in methods.values()]
-    total = len(data_sets) * sum(sizes) * len(seeds) * steps
+    shapes = {
+        name: np.shape(next(iter(method.settings.values())))
+        for name, method in methods.items()
+    }
+    runs = sum(map(math.prod, shapes.values())) * len(data_sets) * len(seeds)
     with (
-        tqdm(total=total, unit="step", unit_scale=True) as bar,
+        tqdm(total=runs * steps, unit="step", unit_scale=True) as bar,
         ThreadPoolExecutor(THREADS) as pool,
     ):
-        for (data_name, data), (name, method), size in (
-            (pair, *method)
-            for pair in data_sets.items()
-            for method in zip(methods.items(), sizes, strict=True)
+        for (data_name, data), (name, method) in itertools.product(
+            data_sets.items(), methods.items()
         ):
             bar.set_description(f"{data_name}, {name}")
             settings = {key: np.ravel(value) for key, value in method.settings.items()}
@@ -181,12 +183,13 @@ def train_all(
             results = []
             for result in pool.map(lambda job, call=program: call(*job), jobs):
                 results.append(jax.tree.map(np.asarray, result))
-                bar.update(size * steps)
-            shape = np.shape(next(iter(method.settings.values())))
+                bar.update(math.prod(shapes[name]) * steps)
             measured[data_name][name] = Measured(
                 *(
                     # From [seeds, settings, ...].
-                    np.stack(x, axis=1).reshape(*shape, len(seeds), *x[0].shape[1:])
+                    np.stack(x, axis=1).reshape(
+                        *shapes[name], len(seeds), *x[0].shape[1:]
+                    )
                     for x in zip(*results, strict=True)
                 )
             )

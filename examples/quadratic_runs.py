@@ -205,7 +205,7 @@ def make_run(make, chains: int, room: int, read=fast_weights):
 
 
 def stack(settings: list[dict[str, float]]) -> dict[str, np.ndarray]:
-    """Returns the settings as arrays, integers where all are integers."""
+    """Returns the settings as arrays by name, integers where the first one is."""
     return {
         name: np.array(
             [setting[name] for setting in settings],

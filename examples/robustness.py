@@ -199,13 +199,15 @@ def cycles(args: argparse.Namespace, data) -> pictures.Figure:
     results = train_all(
         methods, data, range(args.seeds), args.steps, every=1, last=last
     )
+    drawn = {}
     for name, measured in results.items():
         for i, rate in enumerate(rates["rate"]):
             parts = {key: Measured(*(x[i] for x in m)) for key, m in measured.items()}
             print_cycles(name, rate, parts["SGD"], parts["lookahead"])
-            results[name] = parts["lookahead"]  # ends with the large rate
+            if rate == LARGE:
+                drawn[name] = parts["lookahead"]
     updates = np.arange(args.steps - last + 1, args.steps + 1)
-    return pictures.draw_cycles(results, updates, K, LARGE)
+    return pictures.draw_cycles(drawn, updates, K, LARGE)
 
 
 def print_cycles(name: str, rate: float, alone: Measured, ours: Measured) -> None:
