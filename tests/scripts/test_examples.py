@@ -1,36 +1,18 @@
 """Do the examples run as the README calls them, and refuse a mistake in one line?"""
 
-import os
-import pathlib
 import re
-import subprocess
-import sys
 
 import pytest
+from commands import EXAMPLES, check_one_line_of_error, run
 
-EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 TINY = ("--seeds", 1, "--width", 8, "--depth", 1, "--context", 8, "--batch", 2)
-
-
-def run(example, *arguments, **environment):
-    command = [sys.executable, str(EXAMPLES / example), *map(str, arguments)]
-    environment = os.environ | environment
-    return subprocess.run(
-        command, capture_output=True, text=True, check=False, env=environment
-    )
-
-
-def check_one_line_of_error(result, message):
-    assert result.returncode == 2
-    assert result.stdout == ""
-    assert result.stderr.count("\n") == 1
-    assert message in result.stderr
 
 
 def test_digits_prints_a_row_per_setting_and_draws_a_picture(tmp_path):
     picture = tmp_path / "digits.png"
     result = run(
-        "digits.py", *("--steps", 12, "--seeds", 1, "--k", 3, "--out", picture)
+        EXAMPLES / "digits.py",
+        *("--steps", 12, "--seeds", 1, "--k", 3, "--out", picture),
     )
     assert result.returncode == 0, result.stderr
     rows = re.findall(
@@ -56,13 +38,13 @@ def test_digits_prints_a_row_per_setting_and_draws_a_picture(tmp_path):
     ],
 )
 def test_digits_answers_a_bad_option_with_one_line(arguments, message):
-    check_one_line_of_error(run("digits.py", *arguments), message)
+    check_one_line_of_error(run(EXAMPLES / "digits.py", *arguments), message)
 
 
 def test_nnx_language_model_prints_a_row_per_setting_and_draws_a_picture(tmp_path):
     picture = tmp_path / "model.png"
     settings = ("--steps", 7, "--k", 3, "--rates", 0.1, 0.01, "--decay")
-    result = run("nnx_language_model.py", *TINY, *settings, "--out", picture)
+    result = run(EXAMPLES / "nnx_language_model.py", *TINY, *settings, "--out", picture)
     assert result.returncode == 0, result.stderr
     loss = r" +(\d\.\d{3}) ± 0\.000"
     alone = re.findall(rf"^alone +([\d.]+){loss} +-{loss}", result.stdout, re.M)
@@ -80,7 +62,11 @@ def test_nnx_language_model_prints_a_row_per_setting_and_draws_a_picture(tmp_pat
 def test_nnx_language_model_with_alpha_1_measures_the_inner_optimizer(tmp_path):
     settings = ("--steps", 6, "--k", 2, "--alpha", 1, "--rates", 0.1)
     result = run(
-        "nnx_language_model.py", *TINY, *settings, "--out", tmp_path / "model.png"
+        EXAMPLES / "nnx_language_model.py",
+        *TINY,
+        *settings,
+        "--out",
+        tmp_path / "model.png",
     )
     assert result.returncode == 0, result.stderr
     assert "lookahead minus alone, seed by seed: +0.000 ± 0.000" in result.stdout
@@ -103,7 +89,9 @@ def test_nnx_language_model_with_alpha_1_measures_the_inner_optimizer(tmp_path):
     ],
 )
 def test_nnx_language_model_answers_a_bad_option_with_one_line(arguments, message):
-    check_one_line_of_error(run("nnx_language_model.py", *arguments), message)
+    check_one_line_of_error(
+        run(EXAMPLES / "nnx_language_model.py", *arguments), message
+    )
 
 
 def test_outer_optimizers_prints_a_row_per_setting_and_draws_a_picture(tmp_path):
@@ -111,7 +99,7 @@ def test_outer_optimizers_prints_a_row_per_setting_and_draws_a_picture(tmp_path)
     settings = ("--steps", 120, "--rates", 0.03, 0.005, "--out", picture)
     # It spends its time on compiling.
     flags = "--xla_backend_optimization_level=0"
-    result = run("outer_optimizers.py", *TINY, *settings, XLA_FLAGS=flags)
+    result = run(EXAMPLES / "outer_optimizers.py", *TINY, *settings, XLA_FLAGS=flags)
     assert result.returncode == 0, result.stderr
     names = ["AdamW", "lookahead", "Nesterov"]
     cell = r" +(\d\.\d{3}) ± 0\.000( \*)?"
@@ -142,4 +130,4 @@ def test_outer_optimizers_prints_a_row_per_setting_and_draws_a_picture(tmp_path)
     ],
 )
 def test_outer_optimizers_answers_a_bad_option_with_one_line(arguments, message):
-    check_one_line_of_error(run("outer_optimizers.py", *arguments), message)
+    check_one_line_of_error(run(EXAMPLES / "outer_optimizers.py", *arguments), message)

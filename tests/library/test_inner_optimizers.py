@@ -1,94 +1,31 @@
 """Does every optimizer that Optax exports work inside?"""
 
 import functools
-import inspect
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import optax.contrib
 import pytest
+from optimizers import (
+    EXCLUDED,
+    EXPORTED,
+    INPUTS,
+    LABELS,
+    NAMES,
+    OTHERS,
+    START,
+    STEPS,
+    arguments,
+    batch_loss,
+    every_optimizer,
+    make,
+)
+from trees import assert_close, is_key, is_weakly_typed, shapes_and_dtypes, types
 
 from optax_lookahead import lookahead, slow_params
 
-K, ALPHA, STEPS = 3, 0.5, 9
-
-EXCLUDED = {
-    "dpsgd": "passes on a `seed` that is deprecated, and warns; below it is by parts",
-    "optimistic_adam": "deprecated for optimistic_adam_v2, and warns",
-}
-
-# What the default arguments, made for large models, leave out or leave idle on this
-# small problem, and what has no default.
-ARGUMENTS = {
-    "adadelta": {"learning_rate": 10.0},
-    "adafactor": {"min_dim_size_to_factor": 2, "momentum": 0.9},
-    "cocob": {"learning_rate": 1.0},
-    "dadapt_adamw": {"learning_rate": 1.0, "estim_lr0": 1e-3},
-    "dog": {"learning_rate": 1.0, "init_step": ("heuristic", 1e-2)},
-    "dowg": {"learning_rate": 1.0},
-    "galore": {"rank": 2, "update_proj_gap": 4},
-    "lars": {"learning_rate": 1.0},
-    "momo": {"learning_rate": 1.0},
-    "noisy_sgd": {"key": 0},
-    "prodigy": {"learning_rate": 1.0, "estim_lr0": 1e-3},
-    "rmsprop": {"momentum": 0.9, "centered": True},
-    "schedule_free": {"base_optimizer": optax.adam(0.05)},
-    "schedule_free_adamw": {"warmup_steps": 4},
-    "schedule_free_sgd": {"warmup_steps": 4},
-    "sgd": {"momentum": 0.9, "nesterov": True},
-    "sophia": {"update_interval": 2},
-}
-
-# Optimizers without a `learning_rate`, and wrappers that make one out of another.
-OTHERS = {
-    "apply_if_finite": lambda: optax.apply_if_finite(optax.adam(0.05), 2),
-    "backtracking_linesearch": lambda: optax.chain(
-        optax.sgd(0.5),
-        optax.scale_by_backtracking_linesearch(10, store_grad=True),
-    ),
-    "dpsgd_by_parts": lambda: optax.chain(
-        optax.contrib.differentially_private_aggregate(0.5, 0.1, key=0),
-        optax.sgd(0.05, momentum=0.9),
-    ),
-    "lbfgs_without_linesearch": lambda: optax.lbfgs(0.1, linesearch=None),
-    "mechanize": lambda: optax.contrib.mechanize(optax.adam(1.0), s_init=1e-2),
-    "multi_steps": lambda: optax.MultiSteps(
-        optax.adam(0.05), 2
-    ).gradient_transformation(),
-    "noisy_sgd_with_a_typed_key": lambda: optax.noisy_sgd(0.05, key=jax.random.key(0)),
-    "polyak_sgd": lambda: optax.polyak_sgd(max_learning_rate=0.5),
-    "reduce_on_plateau": lambda: optax.chain(
-        optax.adam(0.05), optax.contrib.reduce_on_plateau(patience=1, rtol=0.5)
-    ),
-    "sam": lambda: optax.contrib.sam(
-        optax.sgd(0.05, momentum=0.9),
-        optax.chain(optax.contrib.normalize(), optax.sgd(0.02)),
-    ),
-    "sam_opaque": lambda: optax.contrib.sam(
-        optax.adam(0.05),
-        optax.chain(optax.contrib.normalize(), optax.sgd(0.02)),
-        opaque_mode=True,
-    ),
-}
-
-
-def exported():
-    """Returns everything public in Optax that is called with a learning rate."""
-    return {
-        name: value
-        for module in (optax, optax.contrib)
-        for name, value in vars(module).items()
-        if not name.startswith("_")
-        # `nadam` is no function but a partial of one.
-        and (inspect.isfunction(value) or isinstance(value, functools.partial))
-        and "learning_rate" in inspect.signature(value).parameters
-    }
-
-
-EXPORTED = exported()
-NAMES = sorted((EXPORTED.keys() - EXCLUDED.keys()) | OTHERS.keys())
+K, ALPHA = 3, 0.5
 SCANNED = [
     "adam",
     "lion",
@@ -99,50 +36,6 @@ SCANNED = [
     "sgd",
 ]
 SCANNED += ["apply_if_finite", "lbfgs", "muon", "prodigy", "sophia"]
-every_optimizer = pytest.mark.parametrize("name", NAMES)
-
-
-def make(name):
-    if name in OTHERS:
-        return OTHERS[name]()
-    return EXPORTED[name](**{"learning_rate": 0.05} | ARGUMENTS.get(name, {}))
-
-
-# A small classifier: a matrix, since some optimizers treat matrices alone, and a
-# vector. Every step has a batch of its own.
-RNG = np.random.default_rng(0)
-INPUTS = np.float32(RNG.normal(size=(STEPS, 8, 4)))
-LABELS = np.argmax(INPUTS @ RNG.normal(size=(4, 3)) + 0.5 * INPUTS[..., :3], axis=-1)
-START = {
-    "w": np.float32(0.5 * RNG.normal(size=(4, 3))),
-    "b": np.float32(0.5 * RNG.normal(size=3)),
-}
-
-
-def batch_loss(params, inputs, labels):
-    logits = inputs @ params["w"] + params["b"][None]
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-
-def arguments(name, params, step):
-    """Returns the gradient and the extra arguments that any of the optimizers reads."""
-    if "lbfgs" in name or "linesearch" in name:  # want one loss at all steps
-        batch = np.concatenate(INPUTS), np.concatenate(LABELS)
-    else:
-        batch = jnp.asarray(INPUTS)[step], jnp.asarray(LABELS)[step]
-
-    def loss(params, *_):
-        return batch_loss(params, *batch)
-
-    value, grads = jax.value_and_grad(loss)(params)
-    if name == "dpsgd_by_parts":  # wants a gradient for every example
-        single = [x[:, None] for x in batch]
-        return jax.vmap(jax.grad(batch_loss), (None, 0, 0))(params, *single), {}
-    if name.startswith("sam"):  # takes no other arguments
-        return grads, {"grad_fn": jax.grad(loss)}
-    if name == "sophia":
-        return grads, {"obj_fn": loss}
-    return grads, {"value": value, "grad": grads, "value_fn": loss}
 
 
 def lookahead_loop(name, transform):
@@ -191,45 +84,6 @@ def algorithm_1(name, transform):
 @functools.cache
 def jitted(name):
     return *lookahead_loop(name, jax.jit), algorithm_1(name, jax.jit)
-
-
-def as_arrays(tree):
-    """Returns the tree with its random keys, which NumPy can't hold, as numbers."""
-    return jax.tree.map(lambda x: jax.random.key_data(x) if is_key(x) else x, tree)
-
-
-def is_key(x):
-    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-
-
-def is_exact(x):
-    return not jnp.issubdtype(x.dtype, jnp.inexact)
-
-
-def types(tree):
-    """Returns structure, shapes, dtypes and weak types of a tree."""
-    return jax.tree.map(jax.typeof, tree)
-
-
-def shapes_and_dtypes(tree):
-    return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
-
-
-def is_weakly_typed(tree):
-    return any(x.weak_type for x in jax.tree.leaves(types(tree)))
-
-
-def assert_close(got, expected, tolerance=1e-5):
-    def check(path, x, y):
-        name = jax.tree_util.keystr(path)
-        if is_exact(y):
-            np.testing.assert_array_equal(x, y, name)
-        else:
-            # Relative to the leaf: elements near 0 are differences of larger numbers.
-            atol = tolerance * np.max(np.abs(y), initial=0.0)
-            np.testing.assert_allclose(x, y, rtol=0.0, atol=atol, err_msg=name)
-
-    jax.tree.map_with_path(check, as_arrays(got), as_arrays(expected))
 
 
 def test_discovery_finds_the_optimizers_of_optax():

@@ -12,8 +12,8 @@ import time
 
 import numpy as np
 import pytest
+from commands import EXAMPLES
 
-EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 ENDLESS = ("--steps", 10**6)
 PATIENCE = 120  # seconds, for a loaded machine
 

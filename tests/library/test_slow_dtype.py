@@ -10,8 +10,8 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from test_precision import bits
 from training import scanned, trajectory
+from trees import bits
 
 from optax_lookahead import lookahead, outer_loop, slow_params
 

@@ -20,7 +20,7 @@ from training import scanned
 
 from optax_lookahead import lookahead, slow_params
 
-README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
+README = (pathlib.Path(__file__).parents[2] / "README.md").read_text()
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
@@ -312,7 +312,7 @@ def headings(page):
     ],
 )
 def test_the_pictures_files_and_headings_that_a_page_points_to_exist(page, picture):
-    page = pathlib.Path(__file__).parent.parent / page
+    page = pathlib.Path(__file__).parents[2] / page
     links = re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text())
     assert picture in links
     for link in links:

@@ -14,18 +14,10 @@ from flax import nnx
 from flax.training.train_state import TrainState
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from meshes import make_mesh
-from test_inner_optimizers import (
-    START as WEIGHTS,
-    arguments,
-    as_arrays,
-    every_optimizer,
-    is_weakly_typed,
-    make,
-    shapes_and_dtypes,
-    types,
-)
-from test_reference import START, gradient, numpy_gradient, to_tree, to_vector
+from noisy_problem import START, gradient, numpy_gradient, to_tree, to_vector
+from optimizers import START as WEIGHTS, arguments, every_optimizer, make
 from training import scanned, trajectory
+from trees import as_arrays, is_weakly_typed, shapes_and_dtypes, types
 
 from optax_lookahead import lookahead, outer_loop, slow_params
 

@@ -6,14 +6,10 @@ import numpy as np
 import optax
 import pytest
 import reference
+from noisy_problem import START, gradient, numpy_gradient, to_tree, to_vector
 from training import scanned, trajectory
 
 from optax_lookahead import lookahead, slow_params
-
-RNG = np.random.default_rng(0)
-CURVATURE = np.diag([0.2, 0.5, 1.0, 1.5, 2.0]) + 0.1
-NOISE = RNG.normal(size=(64, 5))
-START = RNG.normal(size=5)
 
 OPTIMIZERS = {
     "sgd": (optax.sgd(0.1), reference.sgd(0.1)),
@@ -24,24 +20,6 @@ OPTIMIZERS = {
         reference.adamw(0.1, weight_decay=0.01),
     ),
 }
-
-
-def numpy_gradient(theta, step):
-    return CURVATURE @ theta + np.sin(theta) + NOISE[step]
-
-
-def to_tree(theta):
-    return {"w": theta[:4].reshape(2, 2), "b": theta[4]}
-
-
-def to_vector(tree):
-    return jnp.concatenate([tree["w"].ravel(), tree["b"].reshape(1)])
-
-
-def gradient(params, step):
-    theta = to_vector(params)
-    noise = jnp.asarray(NOISE)[step]
-    return to_tree(jnp.asarray(CURVATURE) @ theta + jnp.sin(theta) + noise)
 
 
 def assert_equals_reference(visited, inner, k, alpha):

@@ -4,14 +4,12 @@ The figures it must give are counted by hand, from the sizes in the text.
 """
 
 import os
-import pathlib
 import runpy
-import subprocess
-import sys
 
 import pytest
+from commands import BENCHMARKS, run
 
-SCRIPT = pathlib.Path(__file__).parent.parent / "benchmarks" / "tpu_aot.py"
+SCRIPT = BENCHMARKS / "tpu_aot.py"
 # As the compiler for TPUs writes it: `p` is brought onto the chip, S(1), in two slices
 # and is updated there, `m` is updated in HBM, and the new `p` is carried back.
 PROGRAM = """
@@ -70,19 +68,12 @@ def test_a_line_it_cannot_read_is_an_error(hbm_bytes):
         hbm_bytes("  %x = new[8]{0} <syntax>")
 
 
-def test_without_libtpu_the_script_says_so_in_one_line(tmp_path):
+def test_without_libtpu_the_script_says_so_in_one_line(tmp_path, monkeypatch):
     # Where there is one, it is hidden.
     (tmp_path / "libtpu.py").write_text("raise ImportError")
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    env = os.environ | {"PYTHONPATH": path}
-    env.pop("TPU_LIBRARY_PATH", None)  # set by libtpu when jax is imported
-    result = subprocess.run(
-        [sys.executable, str(SCRIPT), "--quick"],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=env,
-    )
+    monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)  # libtpu's, from `import jax`
+    result = run(SCRIPT, "--quick", PYTHONPATH=path)
     assert result.returncode == 3
     assert result.stdout == ""
     assert result.stderr.count("\n") == 1

@@ -3,14 +3,10 @@
 `.ci/run` runs all of it at a small size, without a peer.
 """
 
-import pathlib
 import runpy
-import subprocess
-import sys
 
 import pytest
-
-BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
+from commands import BENCHMARKS, check_one_line_of_error, run
 
 
 @pytest.mark.parametrize(
@@ -23,16 +19,7 @@ BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
     ],
 )
 def test_a_mistake_is_one_line(arguments, message):
-    result = subprocess.run(
-        [sys.executable, str(BENCHMARKS / "peers.py"), *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 2
-    assert result.stdout == ""
-    assert result.stderr.count("\n") == 1
-    assert message in result.stderr
+    check_one_line_of_error(run(BENCHMARKS / "peers.py", *arguments), message)
 
 
 @pytest.mark.parametrize(

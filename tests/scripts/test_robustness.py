@@ -12,7 +12,7 @@ import optax
 import pytest
 import robustness
 import tuned_curves
-from test_examples import run
+from commands import EXAMPLES, run
 
 from optax_lookahead import lookahead, slow_params
 
@@ -204,7 +204,7 @@ def test_cycles_runs_as_a_command_and_prints_what_the_fast_weights_lose(tmp_path
     picture = tmp_path / "cycles.png"
     sizes = ["--data", "digits", "--seeds", "1", "--steps", "100", "--out"]
     flags = "--xla_backend_optimization_level=0"
-    result = run("robustness.py", "cycles", *sizes, picture, XLA_FLAGS=flags)
+    result = run(EXAMPLES / "robustness.py", "cycles", *sizes, picture, XLA_FLAGS=flags)
     assert result.returncode == 0, result.stderr
     weights = ["slow, at the sync", "fast, before the next", "SGD alone"]
     number = r" +\d+\.\d+"

@@ -20,8 +20,8 @@ import optax
 import pytest
 import quadratic_runs as runs
 import quadratic_theory as theory
+from commands import EXAMPLES, check_one_line_of_error, run
 from scipy.linalg import solve_discrete_lyapunov
-from test_examples import check_one_line_of_error, run
 
 from optax_lookahead import lookahead, outer_loop, slow_params
 
@@ -400,4 +400,4 @@ def test_the_script_fails_where_the_runs_are_not_those_of_the_theory(
     ],
 )
 def test_the_script_answers_a_bad_option_with_one_line(arguments, message):
-    check_one_line_of_error(run("noisy_quadratic.py", *arguments), message)
+    check_one_line_of_error(run(EXAMPLES / "noisy_quadratic.py", *arguments), message)

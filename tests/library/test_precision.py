@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 from training import trajectory
+from trees import bits
 
 from optax_lookahead import lookahead, slow_params
 
@@ -37,10 +38,6 @@ def gradient(params, step):
 
 def dtypes(tree):
     return jax.tree.map(jnp.result_type, tree)
-
-
-def bits(x):
-    return np.asarray(x).reshape(-1).view(np.uint8)
 
 
 @pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])

@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from commands import EXAMPLES, check_one_line_of_error, run
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from test_examples import check_one_line_of_error, run
 from tqdm import tqdm
 
 from optax_lookahead import slow_params
@@ -133,7 +133,8 @@ def test_a_run_prints_the_accuracies_and_draws_a_picture(tmp_path):
     # It spends its time on compiling.
     flags = "--xla_backend_optimization_level=0"
     result = run(
-        *("cifar10.py", "--data", archive, "--out", picture, *sizes), XLA_FLAGS=flags
+        *(EXAMPLES / "cifar10.py", "--data", archive, "--out", picture, *sizes),
+        XLA_FLAGS=flags,
     )
     assert result.returncode == 0, result.stderr
     assert "CIFAR-10: 40 and 5 images." in result.stdout

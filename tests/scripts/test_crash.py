@@ -3,23 +3,16 @@
 The long form of this, with its numbers, is `benchmarks/crash.py` itself.
 """
 
-import pathlib
 import re
-import subprocess
-import sys
 
 import pytest
+from commands import BENCHMARKS, check_one_line_of_error, run
 
-SCRIPT = pathlib.Path(__file__).parent.parent / "benchmarks" / "crash.py"
-
-
-def run(*arguments):
-    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+SCRIPT = BENCHMARKS / "crash.py"
 
 
 def test_a_run_that_is_killed_also_inside_saves_ends_bit_for_bit_as_one_that_is_not():
-    result = run("--kills", 3)
+    result = run(SCRIPT, "--kills", 3)
     assert result.returncode == 0, result.stdout + result.stderr
     kills, inside = re.search(
         r"^kills: (\d+), inside a save: (\d+)$", result.stdout, re.M
@@ -44,8 +37,4 @@ def test_a_run_that_is_killed_also_inside_saves_ends_bit_for_bit_as_one_that_is_
     ],
 )
 def test_a_bad_option_is_answered_with_one_line(arguments, message):
-    result = run(*arguments)
-    assert result.returncode == 2
-    assert result.stdout == ""
-    assert result.stderr.count("\n") == 1
-    assert message in result.stderr
+    check_one_line_of_error(run(SCRIPT, *arguments), message)
