@@ -1,0 +1,276 @@
+"""Does everything that the pages show run, and do their links lead somewhere?
+
+`pages.py` says how a block is labelled. A `pycon` block is a doctest, which pytest runs
+by itself.
+"""
+
+import re
+
+import equinox as eqx
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+from pages import (
+    LABEL,
+    LABELLED,
+    PAGES,
+    ROOT,
+    TESTED,
+    all_blocks,
+    labelled_blocks,
+    python_blocks,
+    run_block,
+)
+from training import scanned
+
+from optax_lookahead import lookahead, slow_params
+
+
+def test_the_first_block_makes_an_optimizer():
+    namespace = {"optax": optax, "lookahead": lookahead}
+    run_block("instead-of-adam", namespace)
+    assert isinstance(namespace["tx"], optax.GradientTransformationExtraArgs)
+
+
+def test_the_complete_example_trains_and_its_weights_can_be_saved(
+    capsys, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    namespace = run_block("linen")
+    printed = capsys.readouterr().out
+    loss = re.fullmatch(r"training loss at the slow weights: (\d\.\d{3})\n", printed)
+    assert float(loss[1]) < 0.3
+    run_block("linen-save", namespace)
+    accuracy = re.fullmatch(r"accuracy (\d\.\d\d)\n", capsys.readouterr().out)
+    assert float(accuracy[1]) > 0.95
+    saved = (tmp_path / "weights.msgpack").read_bytes()
+    slow = flax.serialization.from_bytes(namespace["params"], saved)
+    jax.tree.map(np.testing.assert_array_equal, slow, namespace["slow"])
+
+
+def recipe_of_nnx(folder, namespace):
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(folder / "slow", namespace["slow"])
+
+
+def recipe_of_equinox(folder, namespace):
+    saved = eqx.tree_deserialise_leaves(folder / "slow.eqx", namespace["model"])
+    return eqx.filter(saved, eqx.is_inexact_array)
+
+
+@pytest.mark.parametrize(
+    ("label", "load"), [("nnx", recipe_of_nnx), ("equinox", recipe_of_equinox)]
+)
+def test_recipe(label, load, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace = run_block(label)
+    printed = capsys.readouterr().out
+    fast, slow = re.fullmatch(r"fast (\d\.\d+), slow (\d\.\d+)\n", printed).groups()
+    assert float(fast) < 0.2
+    assert float(slow) < 0.2
+    assert fast != slow
+    loaded = jax.tree.leaves(load(tmp_path, namespace))
+    model = namespace["slow_model"]
+    if isinstance(model, nnx.Module):
+        model = nnx.state(model, nnx.Param)
+    expected = jax.tree.leaves(eqx.filter(model, eqx.is_inexact_array))
+    assert len(expected) == 4
+    for a, b in zip(loaded, expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_the_recipe_for_sharding_shards_all_that_is_like_a_parameter(
+    devices, capsys, monkeypatch
+):
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
+    namespace = run_block("sharding")
+    printed = capsys.readouterr().out
+    fast, slow = re.fullmatch(r"fast (\d\.\d+), slow (\d\.\d+)\n", printed).groups()
+    assert float(fast) < 0.1
+    assert float(slow) < 0.1
+    assert fast != slow
+    init, key = namespace["init"], namespace["key"]
+    after_training = namespace["params"], namespace["state"]
+    for params, state in (init(key), after_training):
+        adam = state.fast_state[0]
+        for tree in (params, state.slow_params, adam.mu, adam.nu):
+            for x in jax.tree.leaves(tree):
+                assert {s.data.size for s in x.addressable_shards} == {
+                    x.size // devices
+                }
+                assert len(x.addressable_shards) == devices
+
+
+def steps(namespace, number):
+    """Returns where the recipe ends that is never interrupted."""
+    params, opt_state = namespace["create"]()
+    for _ in range(number):
+        params, opt_state = namespace["train_step"](params, opt_state)
+    return params, opt_state
+
+
+def test_recipe_that_resumes_here_and_on_a_mesh_and_turns_lookahead_off_and_on(
+    capsys, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    for printed in ("steps 1 to 7\n", "steps 8 to 14\n"):
+        namespace = run_block("resume")
+        assert capsys.readouterr().out == printed
+    got, expected = (namespace["params"], namespace["opt_state"]), steps(namespace, 14)
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+    run_block("resume-on-a-mesh", namespace)
+    params, opt_state = namespace["params"], namespace["opt_state"]
+    assert len(namespace["mesh"].devices) == 8
+    for leaf in (params["w"], opt_state.slow_params["w"]):
+        assert leaf.sharding.spec == jax.sharding.PartitionSpec("data")
+    # The mesh adds up the gradient in another order.
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
+        (params, opt_state),
+        steps(namespace, 15),
+    )
+
+    namespace["opt_state"] = opt_state._replace(steps_since_sync=jnp.asarray(2))
+    run_block("turn-on-or-off", namespace)
+    np.testing.assert_array_equal(namespace["params"]["w"], opt_state.slow_params["w"])
+    turned_on = namespace["opt_state"]
+    assert (turned_on.steps_since_sync, turned_on.sync_count) == (0, 0)
+    jax.tree.map(
+        np.testing.assert_array_equal, turned_on.fast_state, opt_state.fast_state
+    )
+    train_step = jax.jit(namespace["train_step"].__wrapped__)
+    train_step(namespace["params"], turned_on)
+
+
+DESCENDANTS = (
+    "snoo", "diloco_1", "muloco_1", "slowmo", "multilayer", "minmax", "airbench"
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DESCENDANTS)
+def test_the_line_for_a_descendant_trains(name):
+    namespace = run_block("descendants")
+    made = {
+        name: value
+        for name, value in namespace.items()
+        if isinstance(value, optax.GradientTransformationExtraArgs)
+    }
+    assert set(made) - {"sgd", "adamw"} == set(DESCENDANTS)
+    start, tx = {"w": jnp.eye(2, 3), "b": jnp.ones(())}, made[name]
+    params, state = scanned(tx, start, lambda params, step: params, 100)
+    assert state.sync_count[-1] >= 2
+    slow = slow_params(*(jax.tree.map(lambda x: x[-1], x) for x in (state, params)))
+    assert 0.0 < optax.tree.norm(slow) < optax.tree.norm(start)
+
+
+def test_the_adaptive_alpha_trains_and_is_shown(capsys):
+    run_block("adaptive-alpha")
+    printed = capsys.readouterr().out
+    loss, alpha = re.fullmatch(
+        r"loss (\d+\.\d{4}), alpha (\d\.\d\d)\n", printed
+    ).groups()
+    assert float(loss) < 0.1
+    assert 0.2 <= float(alpha) <= 1.0
+
+
+TESTS = [path.read_text() for path in ROOT.glob("tests/*/test_*.py")]
+ASKING = "".join(text for text in TESTS if "run_block" in text)
+OTHERS = [label for label in labelled_blocks() if f'"{label}"' not in ASKING]
+
+
+@pytest.mark.parametrize("label", OTHERS)
+def test_a_block_that_no_test_asks_for_runs(label, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_block(label)
+
+
+def test_every_block_of_python_has_a_label_of_its_own():
+    blocks = all_blocks()
+    assert len(blocks) >= 11
+    unlabelled = [f"{b.page}:{b.line}" for b in blocks if b.label is None]
+    assert not unlabelled, "write <!-- test: NAME --> on the line above each of these"
+    labels = [block.label for block in blocks]
+    assert len(set(labels)) == len(labels)
+    # Any other label stands above no block.
+    texts = [re.sub(LABELLED, "", page.read_text()) for page in TESTED]
+    assert not [left for text in texts for left in re.findall(LABEL, text)]
+
+
+def test_blocks_are_found_by_label_anywhere_on_a_page():
+    text = """
+1. In a list:
+
+   <!-- test: in-a-list -->
+   ```python
+   x = 1
+   if x:
+       y = 2
+   ```
+
+```sh
+python
+```
+
+```python
+unlabelled = 1
+```
+
+<!-- test: not-directly-above -->
+
+```py
+"```"
+```
+"""
+    found = python_blocks(text, "a.md")
+    assert [(b.label, b.line) for b in found] == [
+        ("in-a-list", 6),
+        (None, 16),
+        (None, 22),
+    ]
+    assert found[0].source == "x = 1\nif x:\n    y = 2\n"
+
+
+@pytest.mark.parametrize("extra", ["examples", "test"])
+def test_the_two_lines_that_install_and_run_are_there(extra):
+    what = {"examples": "examples/digits.py", "test": "-m pytest"}[extra]
+    text = (ROOT / "README.md").read_text()
+    line = f'python -m pip install -e ".[{extra}]" && python {what}'
+    assert text.count(f"\n{line}\n") == 1
+
+
+def headings(page):
+    titles = re.findall(r"^#+ (.+)", page.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", t).lower().replace(" ", "-") for t in titles}
+
+
+def links(page):
+    return re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_files_and_headings_that_a_page_points_to_exist(page):
+    for link in links(page):
+        path, _, heading = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not heading or heading in headings(target), link
+
+
+@pytest.mark.parametrize(
+    ("page", "picture"),
+    [
+        ("README.md", "examples/digits.png"),
+        ("examples/README.md", "noisy_quadratic.png"),
+        ("benchmarks/README.md", "scaling.png"),
+    ],
+)
+def test_a_page_shows_its_picture(page, picture):
+    assert picture in links(ROOT / page)
