@@ -5,8 +5,9 @@ The long form of this, with its numbers, is `benchmarks/crash.py` itself.
 
 import re
 
+import crash
 import pytest
-from commands import BENCHMARKS, check_one_line_of_error, run
+from commands import BENCHMARKS, check_refused, run
 
 SCRIPT = BENCHMARKS / "crash.py"
 
@@ -37,4 +38,4 @@ def test_a_run_that_is_killed_also_inside_saves_ends_bit_for_bit_as_one_that_is_
     ],
 )
 def test_a_bad_option_is_answered_with_one_line(arguments, message):
-    check_one_line_of_error(run(SCRIPT, *arguments), message)
+    check_refused(crash.main, arguments, message)

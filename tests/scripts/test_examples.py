@@ -2,8 +2,11 @@
 
 import re
 
+import digits
+import nnx_language_model
+import outer_optimizers
 import pytest
-from commands import EXAMPLES, check_one_line_of_error, run
+from commands import EXAMPLES, check_refused, run
 
 TINY = ("--seeds", 1, "--width", 8, "--depth", 1, "--context", 8, "--batch", 2)
 
@@ -38,7 +41,7 @@ def test_digits_prints_a_row_per_setting_and_draws_a_picture(tmp_path):
     ],
 )
 def test_digits_answers_a_bad_option_with_one_line(arguments, message):
-    check_one_line_of_error(run(EXAMPLES / "digits.py", *arguments), message)
+    check_refused(digits.main, arguments, message)
 
 
 def test_nnx_language_model_prints_a_row_per_setting_and_draws_a_picture(tmp_path):
@@ -89,9 +92,7 @@ def test_nnx_language_model_with_alpha_1_measures_the_inner_optimizer(tmp_path):
     ],
 )
 def test_nnx_language_model_answers_a_bad_option_with_one_line(arguments, message):
-    check_one_line_of_error(
-        run(EXAMPLES / "nnx_language_model.py", *arguments), message
-    )
+    check_refused(nnx_language_model.main, arguments, message)
 
 
 def test_outer_optimizers_prints_a_row_per_setting_and_draws_a_picture(tmp_path):
@@ -130,4 +131,4 @@ def test_outer_optimizers_prints_a_row_per_setting_and_draws_a_picture(tmp_path)
     ],
 )
 def test_outer_optimizers_answers_a_bad_option_with_one_line(arguments, message):
-    check_one_line_of_error(run(EXAMPLES / "outer_optimizers.py", *arguments), message)
+    check_refused(outer_optimizers.main, arguments, message)

@@ -6,7 +6,6 @@ whole grid, of which this is a handful, is in `examples/noisy_quadratic.py`.
 
 import itertools
 import re
-import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -20,7 +19,7 @@ import optax
 import pytest
 import quadratic_runs as runs
 import quadratic_theory as theory
-from commands import EXAMPLES, check_one_line_of_error, run
+from commands import check_refused, run_here
 from scipy.linalg import solve_discrete_lyapunov
 
 from optax_lookahead import lookahead, outer_loop, slow_params
@@ -327,38 +326,32 @@ def test_the_grid_has_635_settings_and_4415_numbers_of_the_theory():
 
 
 @pytest.fixture
-def run_here(monkeypatch):
-    """Runs the script in this process, and turns off the 64-bit types it turns on."""
-
-    def run_here(*options):
-        argv = ["noisy_quadratic.py", *map(str, options)]
-        monkeypatch.setattr(sys, "argv", argv)
-        noisy_quadratic.main()
-
-    yield run_here
+def script():
+    """The script's `main`; the 64-bit types that it turns on are turned off after."""
+    yield noisy_quadratic.main
     jax.config.update("jax_enable_x64", False)
 
 
 def test_the_script_prints_the_checks_and_draws_the_picture(
-    run_here, monkeypatch, capsys, tmp_path
+    script, monkeypatch, tmp_path
 ):
     picture = tmp_path / "quadratic.png"
     # The other methods would only add their compilation.
     few = {name: runs.METHODS[name] for name in ("SGD", "Lookahead")}
     monkeypatch.setattr(runs, "METHODS", few)
     monkeypatch.setattr(equal_risk, "RISKS", np.geomspace(0.05, 8, 4))
-    run_here("--chains", 200, "--points", 2, "--out", picture)
-    printed = capsys.readouterr()
+    result = run_here(script, "--chains", 200, "--points", 2, "--out", picture)
+    assert result.returncode == 0
     row = r" +(\d+) +(\d+) +(\d\.\d+) +(\d+\.\d) %"
-    rows = re.findall(rf"^(\w[\w ,]*?){row}$", printed.out, re.M)
+    rows = re.findall(rf"^(\w[\w ,]*?){row}$", result.stdout, re.M)
     counts = [row[:2] for row in rows]
     assert counts == [("SGD", "5"), ("Lookahead", "60"), ("all", "65")]
-    losses = re.findall(r"^ +\d\.\d{4} .* \d\.\d\d +\d+$", printed.out, re.M)
+    losses = re.findall(r"^ +\d\.\d{4} .* \d\.\d\d +\d+$", result.stdout, re.M)
     assert len(losses) == 4, "two steady-state losses for two spectra"
-    rates = re.findall(r"^0\.9+ +\d+(?: +\d\.\d{3}e-\d\d){5}$", printed.out, re.M)
+    rates = re.findall(r"^0\.9+ +\d+(?: +\d\.\d{3}e-\d\d){5}$", result.stdout, re.M)
     assert len(rates) == 6, "two condition numbers at three betas"
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert "65/65" in printed.err, "the progress bar counts every setting"
+    assert "65/65" in result.stderr, "the progress bar counts every setting"
 
 
 @pytest.mark.parametrize(
@@ -372,7 +365,7 @@ def test_beyond_five_standard_errors_is_a_disagreement(measured, agrees, monkeyp
 
 
 def test_the_script_fails_where_the_runs_are_not_those_of_the_theory(
-    run_here, monkeypatch, capsys
+    script, monkeypatch
 ):
     right = runs.METHODS["Lookahead"]
     wrong = right._replace(
@@ -384,12 +377,9 @@ def test_the_script_fails_where_the_runs_are_not_those_of_the_theory(
     monkeypatch.setattr(equal_risk, "SPECTRA", {})
     monkeypatch.setattr(momentum_rates, "BETAS", (0.9,))
     monkeypatch.setattr(noisy_quadratic, "draw", lambda *args: None)
-    with pytest.raises(SystemExit) as exit_:
-        run_here("--chains", 2000, "--points", 1)
-    assert exit_.value.code not in (0, None)
-    assert (
-        "Lookahead, rate = 0.1, k = 5, alpha = 0.2: Check(" in capsys.readouterr().out
-    )
+    result = run_here(script, "--chains", 2000, "--points", 1)
+    assert result.returncode not in (0, None)
+    assert "Lookahead, rate = 0.1, k = 5, alpha = 0.2: Check(" in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -400,4 +390,4 @@ def test_the_script_fails_where_the_runs_are_not_those_of_the_theory(
     ],
 )
 def test_the_script_answers_a_bad_option_with_one_line(arguments, message):
-    check_one_line_of_error(run(EXAMPLES / "noisy_quadratic.py", *arguments), message)
+    check_refused(noisy_quadratic.main, arguments, message)

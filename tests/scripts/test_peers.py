@@ -3,10 +3,10 @@
 `.ci/run` runs all of it at a small size, without a peer.
 """
 
-import runpy
-
+import peer_forms
+import peers
 import pytest
-from commands import BENCHMARKS, check_one_line_of_error, run
+from commands import check_refused
 
 
 @pytest.mark.parametrize(
@@ -19,7 +19,7 @@ from commands import BENCHMARKS, check_one_line_of_error, run
     ],
 )
 def test_a_mistake_is_one_line(arguments, message):
-    check_one_line_of_error(run(BENCHMARKS / "peers.py", *arguments), message)
+    check_refused(peers.main, arguments, message)
 
 
 @pytest.mark.parametrize(
@@ -30,5 +30,4 @@ def test_a_mistake_is_one_line(arguments, message):
     ],
 )
 def test_a_peer_that_cannot_be_imported_is_one_line(error, line):
-    explain = runpy.run_path(str(BENCHMARKS / "peer_forms.py"))["explain"]
-    assert explain(error, "pip install {}") == line
+    assert peer_forms.explain(error, "pip install {}") == line

@@ -12,7 +12,7 @@ import optax
 import pytest
 import robustness
 import tuned_curves
-from commands import EXAMPLES, run
+from commands import EXAMPLES, check_refused, run, run_here
 
 from optax_lookahead import lookahead, slow_params
 
@@ -142,14 +142,14 @@ def small(monkeypatch):
     monkeypatch.setattr(tuned_curves, "ADAM_RATES", rates / 16)
 
 
-def table(experiment, monkeypatch, capsys, tmp_path):
+def table(experiment, tmp_path):
     """Returns what an experiment prints, run as its command runs it."""
     picture = tmp_path / "picture.png"
-    sizes = ["--data", "breast_cancer", "--seeds", "2", "--steps", "100", "--out"]
-    monkeypatch.setattr("sys.argv", ["robustness.py", experiment, *sizes, str(picture)])
-    robustness.main()
+    sizes = ["--data", "breast_cancer", "--seeds", 2, "--steps", 100, "--out", picture]
+    result = run_here(robustness.main, experiment, *sizes)
+    assert result.returncode == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
-    return capsys.readouterr().out
+    return result.stdout
 
 
 CELL = r" +-?\d+\.\d+ ± \d+\.\d+"
@@ -161,8 +161,8 @@ def rows(text, pattern):
 
 
 @pytest.mark.usefixtures("small")
-def test_learning_rates_compares_shares_of_the_grid(monkeypatch, capsys, tmp_path):
-    text = table("learning-rates", monkeypatch, capsys, tmp_path)
+def test_learning_rates_compares_shares_of_the_grid(tmp_path):
+    text = table("learning-rates", tmp_path)
     names = ["SGD", "SGD, alpha x rate", "lookahead"]
     assert rows(text, rf"(\w.*?){4 * CELL}") == names
     assert rows(text, rf"(\w.*?){PAIR}{2 * CELL}") == names[:2]
@@ -171,8 +171,8 @@ def test_learning_rates_compares_shares_of_the_grid(monkeypatch, capsys, tmp_pat
 
 
 @pytest.mark.usefixtures("small")
-def test_k_alpha_has_sgd_in_its_last_column(monkeypatch, capsys, tmp_path):
-    text = table("k-alpha", monkeypatch, capsys, tmp_path)
+def test_k_alpha_has_sgd_in_its_last_column(tmp_path):
+    text = table("k-alpha", tmp_path)
     assert rows(text, rf" ?(\d+){3 * CELL}") == 2 * ["5", "10"]
     (difference,) = re.findall(r"is that of SGD alone to (\S+);", text)
     assert float(difference) < 1e-3
@@ -180,17 +180,17 @@ def test_k_alpha_has_sgd_in_its_last_column(monkeypatch, capsys, tmp_path):
 
 
 @pytest.mark.usefixtures("small")
-def test_inner_state_has_a_row_per_policy(monkeypatch, capsys, tmp_path):
+def test_inner_state_has_a_row_per_policy(monkeypatch, tmp_path):
     monkeypatch.delitem(robustness.INNERS, "Adam")
-    text = table("inner-state", monkeypatch, capsys, tmp_path)
+    text = table("inner-state", tmp_path)
     found = rows(text, rf"(\w+) +(\w+){CELL} +\S+{2 * CELL}{PAIR} +\S+ +\S+")
     states = "alone", "keep", "reset", "interpolate"
     assert found == [("SGD", state) for state in states]
 
 
 @pytest.mark.usefixtures("small")
-def test_curves_tunes_and_says_when_a_grid_ends(monkeypatch, capsys, tmp_path):
-    text = table("curves", monkeypatch, capsys, tmp_path)
+def test_curves_tunes_and_says_when_a_grid_ends(tmp_path):
+    text = table("curves", tmp_path)
     names = ["SGD", "Polyak", "Adam", "lookahead"]
     found = rows(text, rf"(\w+) +rate \S+, .*?{2 * CELL}{PAIR}{CELL}{PAIR}")
     assert found == names
@@ -226,14 +226,5 @@ def test_cycles_runs_as_a_command_and_prints_what_the_fast_weights_lose(tmp_path
         (["curves", "--out", "missing/a.png"], "--out must be a .png in an existing"),
     ],
 )
-def test_a_bad_option_is_answered_with_one_line(
-    arguments, message, monkeypatch, capsys
-):
-    monkeypatch.setattr("sys.argv", ["robustness.py", *arguments])
-    with pytest.raises(SystemExit) as stopped:
-        robustness.main()
-    written = capsys.readouterr()
-    assert stopped.value.code == 2
-    assert written.out == ""
-    assert written.err.count("\n") == 1
-    assert message in written.err
+def test_a_bad_option_is_answered_with_one_line(arguments, message):
+    check_refused(robustness.main, arguments, message)
