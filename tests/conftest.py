@@ -1,10 +1,47 @@
-"""Every test sees eight CPU devices, and a silent broadcast is an error."""
+"""What all tests share; `README.md` beside it says where a test belongs.
 
+Every test sees eight CPU devices, and a silent broadcast is an error. XLA compiles
+quickly, see `compiling.py`, and dear tests wait until they are asked for.
+"""
+
+import os
+import subprocess
+import sys
+
+import compiling
 import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_configure(config):
+    config.addinivalue_line(
+        "markers",
+        "dear: takes long and rarely breaks; runs once in `.ci/run` and when asked for",
+    )
+    # Where the flags are set, if only to nothing, so they stay. The workers inherit
+    # them, and so do the scripts that run in processes of their own.
+    if "XLA_FLAGS" not in os.environ and are_known(compiling.QUICK):
+        os.environ["XLA_FLAGS"] = compiling.QUICK
+
+
+def are_known(flags):
+    """Whether this XLA knows the flags; one that does not ends its process."""
+    command = [sys.executable, "-c", "import jax; jax.devices('cpu')"]
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    probe = subprocess.run(command, env=environment, capture_output=True, check=False)
+    return probe.returncode == 0
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves out the dear tests, unless `-m` speaks of them or a test is named."""
+    if "dear" in config.option.markexpr or any("::" in arg for arg in config.args):
+        return
+    dear = [item for item in items if item.get_closest_marker("dear")]
+    config.hook.pytest_deselected(items=dear)
+    items[:] = [item for item in items if not item.get_closest_marker("dear")]
 
 
 @pytest.fixture

@@ -90,6 +90,13 @@ NAMES = sorted((EXPORTED.keys() - EXCLUDED.keys()) | OTHERS.keys())
 every_optimizer = pytest.mark.parametrize("name", NAMES)
 
 
+def dear_but(kept, names):
+    """Returns the names as parameters of a test, with all but these few marked dear."""
+    assert set(kept) <= set(names)
+    dear = pytest.mark.dear
+    return [name if name in kept else pytest.param(name, marks=dear) for name in names]
+
+
 def make(name):
     if name in OTHERS:
         return OTHERS[name]()

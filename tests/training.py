@@ -42,13 +42,17 @@ def two_loops(inner, params, gradient, k, alpha, steps):
     For inner optimizers that NumPy has no transcription of: two nested loops around
     any Optax transformation, which never sees a lookahead.
     """
+
+    @jax.jit
+    def inner_step(fast, state, step):
+        updates, state = inner.update(gradient(fast, step), state, fast)
+        return optax.apply_updates(fast, updates), state
+
     slow, state, visited = params, inner.init(params), []
     while len(visited) < steps:
         fast = slow
         for _ in range(k):
-            grads = gradient(fast, jnp.asarray(len(visited)))
-            updates, state = inner.update(grads, state, fast)
-            fast = optax.apply_updates(fast, updates)
+            fast, state = inner_step(fast, state, jnp.asarray(len(visited)))
             visited.append((fast, slow))
         slow = jax.tree.map(lambda phi, th: phi + alpha * (th - phi), slow, fast)
         visited[-1] = (slow, slow)

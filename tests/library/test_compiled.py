@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compiling import as_shipped
 
 from optax_lookahead import lookahead, outer_loop, slow_params
 
@@ -32,7 +33,7 @@ def train_step(tx):
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    return jax.jit(step, donate_argnums=(0, 1))
+    return as_shipped(step, donate_argnums=(0, 1))
 
 
 def compile_step(tx, params):
@@ -78,7 +79,7 @@ def test_a_whole_training_step_does_not_copy_the_parameters(name):
 
         params = [jnp.full((64, 64), 0.1, jnp.float32) for _ in range(20)]
         x = jnp.ones((8, 64))
-        step = jax.jit(step, donate_argnums=(0, 1))
+        step = as_shipped(step, donate_argnums=(0, 1))
         return step.lower(params, tx.init(params), x).compile().memory_analysis()
 
     inner = INNERS[name]

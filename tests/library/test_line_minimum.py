@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 import reference
+from compiling import as_shipped
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from meshes import make_mesh, use_mesh
 from training import scanned, trajectory
@@ -385,7 +386,7 @@ def test_on_a_mesh_the_step_size_is_that_of_one_device(axis_type, told):
         A, w = put(diagonal), put(start)
         tx = outer_loop(optax.sgd(0.3), line_minimum(lambda _: A, 0.1, 9.0), 2)
         tx = with_grad_fn(tx, lambda w: A * w) if told else tx
-        step = jax.jit(tx.update)
+        step = as_shipped(tx.update)
         state, visited = tx.init(w), []
         for _ in range(6):
             updates, state = step(A * w, state, w)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compiling import as_shipped
 from training import trajectory
 from trees import bits
 
@@ -40,7 +41,7 @@ def dtypes(tree):
     return jax.tree.map(jnp.result_type, tree)
 
 
-@pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize("transform", [lambda f: f, as_shipped], ids=["eager", "jit"])
 @pytest.mark.parametrize("name", INNERS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_after_a_sync_slow_weights_equal_the_new_parameters_in_every_bit(
@@ -62,7 +63,7 @@ def test_after_a_sync_slow_weights_equal_the_new_parameters_in_every_bit(
 def test_they_are_equal_too_when_only_the_update_is_jitted(x64, dtype):
     tx = lookahead(optax.adam(0.05), 3, 0.37)
     params = initial_params(dtype)
-    state, update = tx.init(params), jax.jit(tx.update)
+    state, update = tx.init(params), as_shipped(tx.update)
     for step in range(9):
         updates, state = update(gradient(params, step), state, params)
         params = optax.apply_updates(params, updates)
@@ -120,8 +121,8 @@ def test_alpha_one_is_the_inner_optimizer_bit_for_bit_when_eager(x64, dtype, nam
 @pytest.mark.parametrize("name", INNERS)
 def test_alpha_one_is_the_inner_optimizer_to_rounding_under_jit(x64, name):
     params = initial_params("float64")
-    alone = trajectory(INNERS[name], params, gradient, 40, jax.jit)
-    ours = trajectory(lookahead(INNERS[name], 5, 1.0), params, gradient, 40, jax.jit)
+    alone = trajectory(INNERS[name], params, gradient, 40, as_shipped)
+    ours = trajectory(lookahead(INNERS[name], 5, 1.0), params, gradient, 40, as_shipped)
     np.testing.assert_allclose(
         ours[-1][0]["w"], alone[-1][0]["w"], rtol=1e-10, atol=1e-12
     )

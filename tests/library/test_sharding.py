@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compiling import as_shipped
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from meshes import make_mesh, reshard, use_mesh
 
@@ -256,7 +257,7 @@ def compile_step(tx, params):
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    donated = jax.jit(step, donate_argnums=(0, 1))
+    donated = as_shipped(step, donate_argnums=(0, 1))
     return donated.lower(params, tx.init(params), params).compile()
 
 

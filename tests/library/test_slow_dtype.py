@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import optax
 import pytest
+from compiling import as_shipped
 from flax import nnx
 from training import scanned, trajectory
 from trees import bits
@@ -156,7 +157,7 @@ def test_parameters_and_slow_weights_are_the_simulated_ones_in_every_bit(dtype):
     expected = simulate(start, steps, 2, alpha)
 
     tx = lookahead(optax.sgd(1.0), 2, alpha, slow_dtype="float32")
-    update = jax.jit(tx.update)
+    update = as_shipped(tx.update)
     params = jnp.asarray(start)
     state = tx.init(params)
     for step, (p, phi) in zip(steps, expected, strict=True):
@@ -320,7 +321,7 @@ def compile_step(tx, params):
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    donated = jax.jit(step, donate_argnums=(0, 1))
+    donated = as_shipped(step, donate_argnums=(0, 1))
     return donated.lower(params, tx.init(params), params)
 
 

@@ -126,15 +126,13 @@ def tiny_run(data, programs, checkpoint=None):
         return cifar10.train("lookahead", data, programs, tiny_state(), args, bar)
 
 
+@pytest.mark.dear
 def test_a_run_prints_the_accuracies_and_draws_a_picture(tmp_path):
     archive = write_archive(tmp_path / "tiny.tar.gz", cifar_10())
     picture = tmp_path / "cifar10.png"
     sizes = ("--width", 2, "--epochs", 2, "--batch", 16)
-    # It spends its time on compiling.
-    flags = "--xla_backend_optimization_level=0"
     result = run(
         *(EXAMPLES / "cifar10.py", "--data", archive, "--out", picture, *sizes),
-        XLA_FLAGS=flags,
     )
     assert result.returncode == 0, result.stderr
     assert "CIFAR-10: 40 and 5 images." in result.stdout

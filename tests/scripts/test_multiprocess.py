@@ -70,6 +70,7 @@ def read_weights(path):
         return dict(weights)
 
 
+@pytest.mark.dear
 def test_two_processes_end_with_the_weights_of_one(tmp_path):
     folder = tmp_path / "run"
     with Run("--steps", 13, "--folder", folder) as run:
@@ -104,6 +105,7 @@ def test_two_processes_end_with_the_weights_of_one(tmp_path):
     assert all(float(x) <= 1e-9 for x in largest.groups())
 
 
+@pytest.mark.dear
 def test_a_killed_process_ends_the_run_with_an_error_that_names_it(tmp_path):
     folder = tmp_path / "run"
     with Run(*ENDLESS, "--folder", folder) as run:
@@ -126,6 +128,7 @@ def test_a_killed_process_ends_the_run_with_an_error_that_names_it(tmp_path):
     assert not any(map(is_running, pids.values()))
 
 
+@pytest.mark.dear
 def test_a_process_that_fails_shows_why_while_the_other_waits_for_it(tmp_path):
     folder = tmp_path / "run"
     with Run(*ENDLESS, "--folder", folder) as run:
@@ -138,6 +141,7 @@ def test_a_process_that_fails_shows_why_while_the_other_waits_for_it(tmp_path):
     assert not any(map(is_running, pids.values()))
 
 
+@pytest.mark.dear
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGKILL"])
 def test_no_process_outlives_the_script(name):
     with Run(*ENDLESS) as run:
@@ -155,6 +159,7 @@ def test_no_process_outlives_the_script(name):
         assert f"stopped by {name}\n" in err
 
 
+@pytest.mark.dear
 def test_a_run_that_takes_too_long_is_stopped():
     with Run(*ENDLESS, "--timeout", 0.5) as run:
         pids = run.read_pids()
