@@ -4,9 +4,11 @@ Every test sees eight CPU devices, and a silent broadcast is an error. XLA compi
 quickly, see `compiling.py`, and dear tests wait until they are asked for.
 """
 
+import gc
 import os
 import subprocess
 import sys
+import tempfile
 
 import compiling
 import jax
@@ -14,6 +16,8 @@ import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Tracing makes so many objects that a tenth of the time went into counting them.
+gc.set_threshold(200_000, 100, 100)
 
 
 def pytest_configure(config):
@@ -25,6 +29,16 @@ def pytest_configure(config):
     # them, and so do the scripts that run in processes of their own.
     if "XLA_FLAGS" not in os.environ and are_known(compiling.QUICK):
         os.environ["XLA_FLAGS"] = compiling.QUICK
+
+    # Many tests train the same optimizer, each with a step of its own, whose program is
+    # then found here. Not shared by processes, of which one may read what another is
+    # writing.
+    if jax.config.jax_compilation_cache_dir is None:
+        folder = tempfile.TemporaryDirectory()
+        config.add_cleanup(folder.cleanup)
+        jax.config.update("jax_compilation_cache_dir", folder.name)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def are_known(flags):

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import optax.contrib
 import pytest
+from rows import dear_but
 
 STEPS = 9
 
@@ -87,14 +88,12 @@ def exported():
 
 EXPORTED = exported()
 NAMES = sorted((EXPORTED.keys() - EXCLUDED.keys()) | OTHERS.keys())
+# One of each kind: plain, with keys, with extra arguments, with weights in its state.
+TELLING = ["adam", "lion", "momo", "noisy_sgd", "polyak_sgd", "schedule_free_sgd"]
+TELLING += ["sgd"]
 every_optimizer = pytest.mark.parametrize("name", NAMES)
-
-
-def dear_but(kept, names):
-    """Returns the names as parameters of a test, with all but these few marked dear."""
-    assert set(kept) <= set(names)
-    dear = pytest.mark.dear
-    return [name if name in kept else pytest.param(name, marks=dear) for name in names]
+# The others are dear, and once in a while is enough.
+telling_optimizers = pytest.mark.parametrize("name", dear_but(TELLING, NAMES))
 
 
 def make(name):

@@ -16,27 +16,18 @@ from optimizers import (
     OTHERS,
     START,
     STEPS,
+    TELLING,
     arguments,
     batch_loss,
-    dear_but,
     every_optimizer,
     make,
+    telling_optimizers,
 )
 from trees import assert_close, is_key, is_weakly_typed, shapes_and_dtypes, types
 
 from optax_lookahead import lookahead, slow_params
 
 K, ALPHA = 3, 0.5
-# One of each kind: plain, with keys, with extra arguments, with weights in its state.
-TELLING = [
-    "adam",
-    "lion",
-    "momo",
-    "noisy_sgd",
-    "polyak_sgd",
-    "schedule_free_sgd",
-    "sgd",
-]
 SCANNED = [*TELLING, "apply_if_finite", "lbfgs", "muon", "prodigy", "sophia"]
 
 
@@ -164,7 +155,7 @@ def test_one_scan_gives_the_weights_of_the_loop(name):
         assert_close(jax.tree.map(lambda x, i=step: x[i], stacked), (params, slow))
 
 
-@pytest.mark.parametrize("name", dear_but(TELLING, NAMES))
+@telling_optimizers
 def test_eager_steps_follow_algorithm_1_too(name):
     # Past a sync. They differ from jitted ones in nothing that takes a second cycle.
     steps = K + 1

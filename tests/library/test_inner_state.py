@@ -15,7 +15,13 @@ from flax.training.train_state import TrainState
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from meshes import make_mesh
 from noisy_problem import START, gradient, numpy_gradient, to_tree, to_vector
-from optimizers import START as WEIGHTS, arguments, every_optimizer, make
+from optimizers import (
+    START as WEIGHTS,
+    arguments,
+    every_optimizer,
+    make,
+    telling_optimizers,
+)
 from training import scanned, trajectory
 from trees import as_arrays, is_weakly_typed, shapes_and_dtypes, types
 
@@ -397,7 +403,7 @@ def one_cycle(name, policy, transform):
     return inner, state, transform(train_step)(params, state)
 
 
-@every_optimizer
+@telling_optimizers
 def test_after_a_reset_every_optimizer_of_optax_is_as_initialised(name):
     inner, start, (params, state) = one_cycle(name, "reset", jax.jit)
     kept = dict(COUNTED.get(name, {}))

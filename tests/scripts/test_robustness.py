@@ -188,6 +188,7 @@ def test_inner_state_has_a_row_per_policy(monkeypatch, tmp_path):
     assert found == [("SGD", state) for state in states]
 
 
+@pytest.mark.dear
 @pytest.mark.usefixtures("small")
 def test_curves_tunes_and_says_when_a_grid_ends(tmp_path):
     text = table("curves", tmp_path)
