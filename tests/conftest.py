@@ -49,9 +49,17 @@ def are_known(flags):
     return probe.returncode == 0
 
 
+def wants_dear(config):
+    """Whether `-m` speaks of the dear tests, or a test is named."""
+    return "dear" in config.option.markexpr or any("::" in arg for arg in config.args)
+
+
+def pytest_report_header(config):
+    return None if wants_dear(config) else "dear tests are left out: -m dear runs them"
+
+
 def pytest_collection_modifyitems(config, items):
-    """Leaves out the dear tests, unless `-m` speaks of them or a test is named."""
-    if "dear" in config.option.markexpr or any("::" in arg for arg in config.args):
+    if wants_dear(config):
         return
     dear = [item for item in items if item.get_closest_marker("dear")]
     config.hook.pytest_deselected(items=dear)
