@@ -20,8 +20,8 @@ from ._line_minimum import (
     adam_curvature as adam_curvature,
     line_minimum as line_minimum,
 )
+from ._lookahead import lookahead as lookahead, outer_loop as outer_loop
 from ._query import slow_params as slow_params
 from ._state import LookaheadState as LookaheadState
-from ._transform import lookahead as lookahead, outer_loop as outer_loop
 
 __version__ = importlib.metadata.version("optax-lookahead")

@@ -1,14 +1,104 @@
 """What a sync does to the inner optimizer's state."""
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from ._state import LookaheadState, copy, select
-from ._validation import uninterpolable
+from ._state import LookaheadState, copy, is_inexact, select
+from ._validation import check_anchor, check_inner_result, uninterpolable
+
+InnerState = (
+    Literal["keep", "reset", "interpolate"]
+    | Callable[[optax.OptState, optax.OptState], optax.OptState]
+)
+
+
+class Policy(NamedTuple):
+    """What is remembered of the inner state, and what a sync makes of it."""
+
+    init: Callable[[optax.OptState], Any]  # fast_state -> anchor
+    # sync, fast_state, anchor, slow_updates, params, slow_params -> fast_state, anchor
+    at_sync: Callable[..., tuple[optax.OptState, Any]]
+
+
+def policy(
+    inner_state: InnerState, inner: optax.GradientTransformationExtraArgs
+) -> Policy:
+    """Returns what the argument `inner_state` stands for."""
+    if inner_state == "interpolate":
+        return _interpolation(inner)
+    if inner_state == "keep":
+        return Policy(_no_anchor, _unchanged)
+    if inner_state == "reset":
+        return _choice(_restart, inner)
+    return _choice(_checked(inner_state), inner)
+
+
+def void_caches(sync: jax.typing.ArrayLike, fast_state: optax.OptState) -> Any:
+    """Returns the state without the losses that line searches keep for the next step.
+
+    They are those of parameters that a sync leaves. At an infinite one
+    `optax.value_and_grad_from_state` computes loss and gradient anew.
+    """
+    searches = (
+        optax.ScaleByBacktrackingLinesearchState,
+        optax.ScaleByZoomLinesearchState,
+    )
+
+    def is_search(node: Any) -> bool:
+        return isinstance(node, searches)
+
+    def node(state: Any) -> Any:
+        if not is_search(state):
+            return state
+        return state._replace(value=select(sync, jnp.inf, state.value))
+
+    return jax.tree.map(node, fast_state, is_leaf=is_search)
+
+
+def _unchanged(sync: Any, fast_state: Any, anchor: Any, *_: Any) -> tuple[Any, Any]:
+    del sync
+    return fast_state, anchor
+
+
+def _no_anchor(fast_state: optax.OptState) -> Any:
+    del fast_state
+    return optax.EmptyState()
+
+
+def _choice(
+    choose: Callable[[Any, Any], Any], inner: optax.GradientTransformationExtraArgs
+) -> Policy:
+    """Returns the policy of a function of the state and of a fresh one."""
+
+    def at_sync(
+        sync: Any, fast_state: Any, anchor: Any, _: Any, params: Any, slow_params: Any
+    ) -> tuple[Any, Any]:
+        fresh = inner.init(jax.tree.map(_rounded, params, slow_params))
+        return select(sync, choose(fast_state, fresh), fast_state), anchor
+
+    return Policy(_no_anchor, at_sync)
+
+
+def _checked(choose: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """Returns a user's function that is held to the tree, shapes and dtypes."""
+
+    def checked(state: Any, fresh: Any) -> Any:
+        chosen = choose(state, fresh)
+        check_inner_result(chosen, state)
+        return chosen
+
+    return checked
+
+
+def _rounded(p: Any, slow: Any) -> Any:
+    """Returns the slow weight as its parameter holds it."""
+    return jnp.asarray(slow, jnp.result_type(p)) if is_inexact(slow) else slow
+
 
 # The fields that count training time, or that someone set: a reset leaves them alone,
 # since a learning rate that warms up again in every cycle never leaves its warm-up.
@@ -38,66 +128,65 @@ def _kept_fields() -> dict[type, tuple[str, ...]]:
     return {**_KEPT, decay: ("count",)}
 
 
-def reset(
-    sync: jax.typing.ArrayLike,
-    fast_state: optax.OptState,
-    inner: optax.GradientTransformationExtraArgs,
-    params: optax.Params,
-) -> optax.OptState:
-    """Returns at a sync what `inner.init` gives, with training time left as it is."""
+def _restart(state: optax.OptState, fresh: optax.OptState) -> optax.OptState:
+    """Returns the fresh state, with training time left as it is."""
     fields = _kept_fields()
 
-    def node(old, new):
+    def node(old: Any, new: Any) -> Any:
         kept = fields.get(type(old))
         if kept is None:
-            return select(sync, new, old)
+            return new
         return old._replace(
             **{
-                name: walk(getattr(old, name), getattr(new, name))
+                name: _restart(getattr(old, name), getattr(new, name))
                 for name in old._fields
                 if name not in kept
             }
         )
 
-    def walk(old, new):
-        return jax.tree.map(node, old, new, is_leaf=lambda x: type(x) in fields)
-
-    return walk(fast_state, inner.init(params))
+    return jax.tree.map(node, state, fresh, is_leaf=lambda x: type(x) in fields)
 
 
-def anchor_of(
-    inner: optax.GradientTransformationExtraArgs, fast_state: optax.OptState
-) -> Any:
-    """Returns a copy of the leaves that a sync interpolates, None for the others."""
+def _interpolation(inner: optax.GradientTransformationExtraArgs) -> Policy:
+    """Returns the policy that moves the inner state as the slow weights move."""
 
-    def leaf(x):
-        return copy(x) if jnp.issubdtype(jnp.result_type(x), jnp.inexact) else None
+    def init(fast_state: Any) -> Any:
+        try:
+            return jax.tree.map(copy, _like_params(inner, fast_state))
+        except Exception as error:  # of any kind: `inner.init` is given a placeholder
+            raise uninterpolable(error) from error
 
-    try:
-        return optax.tree.map_params(
-            inner, leaf, fast_state, transform_non_params=lambda _: None
+    def at_sync(
+        sync: Any, fast_state: Any, anchor: Any, slow_updates: Any, *_: Any
+    ) -> tuple[Any, Any]:
+        fractions = jax.tree.leaves(slow_updates)
+        if not fractions:  # nor parameters
+            return fast_state, anchor
+
+        def leaf(now: Any, old: Any) -> Any:
+            if not is_inexact(now):
+                return now
+            # In the form of the weights, which is exact at alpha = 1.
+            back = fractions[0].from_fast(old - now)
+            return jnp.where(sync, now + back, now)
+
+        now = _like_params(inner, fast_state)
+        check_anchor(anchor, now)
+        new = jax.tree.map(leaf, now, anchor)
+        replacements = iter(new)
+        fast_state = optax.tree.map_params(
+            inner, lambda _: next(replacements), fast_state, is_leaf=lambda _: True
         )
-    except Exception as error:  # of any kind: `inner.init` is given a placeholder
-        raise uninterpolable(error) from error
+        return fast_state, select(sync, new, anchor)
+
+    return Policy(init, at_sync)
 
 
-def interpolate(
-    sync: jax.typing.ArrayLike,
-    fast_state: optax.OptState,
-    anchor: Any,
-    alpha: jax.typing.ArrayLike,
-) -> tuple[optax.OptState, Any]:
-    """Returns the state and its anchor, at a sync moved a fraction alpha on from it."""
-
-    def leaf(old, now):
-        if old is None:
-            return now, None
-        drift = now - old
-        # In the form of the weights, which is exact at alpha = 1.
-        now = jnp.where(sync, now - jnp.asarray(1 - alpha, drift.dtype) * drift, now)
-        return now, jnp.where(sync, now, old)
-
-    olds, treedef = jax.tree.flatten(anchor, is_leaf=lambda x: x is None)
-    pairs = list(map(leaf, olds, treedef.flatten_up_to(fast_state)))
-    fast_state = treedef.unflatten([now for now, _ in pairs])
-    return fast_state, treedef.unflatten([old for _, old in pairs])
+def _like_params(
+    inner: optax.GradientTransformationExtraArgs, fast_state: optax.OptState
+) -> tuple[Any, ...]:
+    """Returns the trees in the state that are like the parameters, such as moments."""
+    trees: list[Any] = []
+    # With every one of those trees as a leaf.
+    optax.tree.map_params(inner, trees.append, fast_state, is_leaf=lambda _: True)
+    return tuple(trees)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ._transform import FastSide
+from ._state import FastSide
 from ._validation import (
     check_adam_curvature,
     check_alpha_range,

@@ -8,8 +8,8 @@ import optax
 from jax.flatten_util import ravel_pytree
 from jax.tree_util import all_leaves
 
-from ._state import LookaheadState, copy
-from ._transform import phi_of_cycle
+from ._slow_weights import phi_of_cycle
+from ._state import LookaheadState, copy, is_finite, is_inexact
 from ._validation import check_leaf, check_unstacked, describe_path
 
 
@@ -94,8 +94,10 @@ def slow_params(
             p = slow[path]
             if wide:
                 slow[path] = phi_of_cycle(start, p, phi)
-            else:
-                slow[path] = jnp.where(start, p, jnp.asarray(phi, jnp.result_type(p)))
+            elif is_inexact(phi) or not is_inexact(p):
+                held = jnp.asarray(phi, jnp.result_type(p))
+                slow[path] = jnp.where(start & is_finite(p, p), p, held)
+            # Else the loop made a float of a discrete parameter, which phi truncates.
     if leaves and not seen:
         raise ValueError(
             "`opt_state` must hold a slow copy of at least one parameter, got a "

@@ -1,4 +1,4 @@
-"""The state, and choosing between two of them."""
+"""The state, what an outer optimizer is told, and choosing between two trees."""
 
 from typing import Any, NamedTuple
 
@@ -21,8 +21,8 @@ class LookaheadState(NamedTuple):
       steps_since_sync: Inner steps taken in this cycle, in `[0, k)`.
       sync_count: Completed cycles, saturating. A schedule for alpha sees this.
       outer_state: State of the outer optimizer; empty for `lookahead`.
-      anchor: What the inner state's parameter-like leaves were at the last sync, under
-        `inner_state="interpolate"`; empty otherwise.
+      anchor: What the inner state's parameter-like trees were at the last sync, one
+        after the other, under `inner_state="interpolate"`; empty otherwise.
     """
 
     fast_state: optax.OptState
@@ -37,10 +37,19 @@ class LookaheadState(NamedTuple):
 LookaheadState.__module__ = "optax_lookahead"
 
 
+class FastSide(NamedTuple):
+    """What an outer optimizer is told, as `fast`, about the end of a cycle."""
+
+    grads: optax.Updates  # what the last inner step was given,
+    updates: optax.Updates  # what it returned,
+    state: optax.OptState  # and its state after that
+    sync: jax.typing.ArrayLike  # whether the outer step counts; shape=(), dtype=bool
+
+
 def select(condition: jax.typing.ArrayLike, new: Any, old: Any) -> Any:
     """Returns the tree `new` where the condition holds, in the dtypes of `old`."""
 
-    def leaf(new, old):
+    def leaf(new: Any, old: Any) -> Any:
         if not jnp.issubdtype(jnp.result_type(old), jax.dtypes.prng_key):
             new = jnp.asarray(new, jnp.result_type(old))
         return jnp.where(condition, new, old)
@@ -65,9 +74,17 @@ def copy(p: Any, dtype: jax.typing.DTypeLike | None = None) -> Any:
     return jnp.array(p, dtype=dtype, copy=True)
 
 
-def is_wider(phi: Any, p: Any) -> bool:
-    """Returns whether the slow weight has bits that the parameter cannot hold."""
-    phi, p = jnp.result_type(phi), jnp.result_type(p)
-    if phi == p or not jnp.issubdtype(p, jnp.inexact):
-        return False
-    return bool(jnp.finfo(phi).eps < jnp.finfo(p).eps)
+def is_inexact(x: Any) -> bool:
+    """Returns whether there is something between two values of this dtype."""
+    return jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+
+
+def is_finite(x: Any, p: Any) -> Any:
+    """Returns which elements of `x` are finite, also once `p`'s dtype holds them."""
+    if not (is_inexact(x) and is_inexact(p)):
+        return True
+    if jnp.iscomplexobj(x):
+        return is_finite(x.real, p) & is_finite(x.imag, p)
+    largest = min(float(jnp.finfo(jnp.result_type(y)).max) for y in (x, p))
+    # Not by `astype` and `isfinite`: compilers may leave out the rounding.
+    return jnp.abs(x) <= largest

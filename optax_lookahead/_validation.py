@@ -1,6 +1,7 @@
 """What the public functions refuse, and in which words."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -60,8 +61,10 @@ def check_alpha(alpha: Any) -> None:
         raise ValueError(message)
 
 
-def check_inner_state(inner_state: Any, outer: Any) -> None:
-    """Raises unless `inner_state` names something that a sync can do."""
+def check_inner_state(inner_state: Any, outer: Any = None) -> None:
+    """Raises unless `inner_state` names or is something that a sync can do."""
+    if callable(inner_state):
+        return
     if inner_state not in ("keep", "reset", "interpolate"):
         raise ValueError(
             "`inner_state` must be 'keep', 'reset' or 'interpolate', got "
@@ -134,23 +137,77 @@ def check_reserved(extra_args: dict[str, Any], fast_side: type) -> None:
         )
 
 
+def check_outer_args(outer_args: Any) -> None:
+    """Raises unless the outer optimizer's own arguments have names."""
+    if not isinstance(outer_args, Mapping):
+        raise TypeError(
+            "`outer_args` must be a dict of extra arguments for `outer`, got "
+            f"{outer_args!r}. Write for example `outer_args={{'grad_fn': grad_fn}}`."
+        )
+
+
 def check_outer_result(what: str, new: Any, given: Any) -> None:
     """Raises unless the outer optimizer returned what is like what it was given."""
+    _check_result("`outer`", what, new, given, "an optimizer")
+
+
+def check_inner_result(new: Any, given: Any) -> None:
+    """Raises unless the function `inner_state` returned what is like the state."""
+    _check_result("`inner_state`", "a state", new, given, "a function")
+    for (path, x), old in zip(
+        jax.tree.leaves_with_path(new), jax.tree.leaves(given), strict=True
+    ):
+        got, expected = jnp.result_type(x), jnp.result_type(old)
+        if got != expected:
+            raise ValueError(
+                "`inner_state` must return a state with the dtypes that it is given, "
+                f"got {got} where {describe_path(path)} has {expected}. Use a function "
+                "that keeps the dtypes."
+            )
+
+
+def check_anchor(anchor: Any, now: Any) -> None:
+    """Raises unless the anchor belongs to this state, which an old one does not."""
+    got, expected = jax.tree.structure(anchor), jax.tree.structure(now)
+    if got != expected:
+        raise ValueError(
+            "`anchor` must hold the trees in `fast_state` that are like the "
+            f"parameters, got {got} where they are {expected}. For a checkpoint from "
+            "before version 0.2 write `state._replace(anchor=jax.tree.unflatten("
+            "jax.tree.structure(tx.init(params).anchor), "
+            "jax.tree.leaves(state.anchor)))`."
+        )
+
+
+def _check_result(who: str, what: str, new: Any, given: Any, use: str) -> None:
     got, expected = jax.tree.structure(new), jax.tree.structure(given)
     if got != expected:
         raise ValueError(
-            f"`outer` must return {what} with the tree that it is given, got "
-            f"{got} where {expected} was given. Use an optimizer that keeps the tree."
+            f"{who} must return {what} with the tree that it is given, got "
+            f"{got} where {expected} was given. Use {use} that keeps the tree."
         )
     for (path, x), old in zip(
         jax.tree.leaves_with_path(new), jax.tree.leaves(given), strict=True
     ):
         if not _same_shape(x, old):
             raise ValueError(
-                f"`outer` must return {what} with the shapes that it is given, got "
+                f"{who} must return {what} with the shapes that it is given, got "
                 f"{jnp.shape(x)} where {describe_path(path)} has {jnp.shape(old)}. Use "
-                "an optimizer that keeps the shapes."
+                f"{use} that keeps the shapes."
             )
+
+
+def check_arrays(params: Any) -> None:
+    """Raises if a leaf is something that no optimizer can move."""
+    for path, p in jax.tree.leaves_with_path(params):
+        try:
+            jnp.result_type(p)
+        except TypeError as error:
+            raise TypeError(
+                f"`params` must be a tree of arrays, got {p!r} at "
+                f"{describe_path(path)}. Pass the arrays alone, for example "
+                "`eqx.filter(model, eqx.is_inexact_array)`."
+            ) from error
 
 
 def check_params(params: Any, slow_params: Any) -> None:

@@ -61,7 +61,7 @@ def test_after_a_sync_slow_weights_equal_the_new_parameters_in_every_bit(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_they_are_equal_too_when_only_the_update_is_jitted(x64, dtype):
-    tx = lookahead(optax.adam(0.05), 3, 0.37)
+    tx = lookahead(INNERS["adam"], 3, 0.37)
     params = initial_params(dtype)
     state, update = tx.init(params), as_shipped(tx.update)
     for step in range(9):

@@ -1,0 +1,181 @@
+"""The two public transformations: which slow step ends a cycle."""
+
+import jax
+import optax
+
+from ._cycle import cycles
+from ._inner_state import InnerState
+from ._slow_step import by_optimizer, fraction
+from ._validation import check_alpha, check_inner_state, check_transformation
+
+
+def lookahead(
+    inner: optax.GradientTransformation,
+    k: jax.typing.ArrayLike = 5,
+    alpha: optax.ScalarOrSchedule = 0.5,
+    *,
+    inner_state: InnerState = "keep",
+    slow_dtype: jax.typing.DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Lookahead around any optimizer: k steps forward, one step back.
+
+    The parameters of the training loop are the fast weights theta; the state carries
+    the slow weights phi. Every update takes one step of `inner`; every k-th one also
+    moves the slow weights towards the fast ones, which restart from there::
+
+        theta_{t,0} = phi_{t-1}
+        theta_{t,i} = theta_{t,i-1} + inner(...)                    i = 1, ..., k
+        phi_t       = phi_{t-1} + alpha * (theta_{t,k} - phi_{t-1})
+
+    A cycle starts from the parameters that the first of its updates is given, so
+    weights that were loaded, clipped or projected outside the optimizer count. After
+    a sync, `slow_params` in the state equals the new parameters bit for bit.
+
+    Args:
+      inner: The optimizer that takes the fast steps. Extra arguments of `update` are
+        forwarded to it.
+      k: Inner steps in a cycle, an integer of at least 1. Also an int32 scalar array
+        or tracer, whose value is not checked: below 1, every step syncs.
+      alpha: Slow step size in [0, 1], without unit. Also a float scalar array or
+        tracer, whose value is not checked, or a schedule: a function from the number
+        of completed syncs (int32 scalar) to the step size.
+      inner_state: What a sync does to the inner optimizer's state.
+
+        - `"keep"`: nothing.
+        - `"reset"`: it becomes what `inner.init` gives at the new parameters, also
+          where it was NaN. What counts training time stays: the places of schedules
+          for learning rate and weight decay, of `optax.inject_hyperparams` with its
+          hyperparameters, of `optax.contrib.reduce_on_plateau`, of conditions on the
+          step and of the annealing in `optax.add_noise`. A count that corrects the
+          bias of moments starts again with them, and with it a schedule that an
+          optimizer reads off that count (`optax.contrib.prodigy` does, as do `momo`
+          and `dadapt_adamw`). So do random keys, whose noise then repeats itself, and
+          cycles within `inner`, such as those of `optax.MultiSteps`.
+        - `"interpolate"`: its floating leaves that are like the parameters, such as
+          moments, move to `old + alpha * (now - old)`, with their value at the last
+          sync as `old`; the others stay. The state then holds a copy of them. A
+          moment that is NaN stays NaN, as under `"keep"`.
+      slow_dtype: Floating dtype of the slow weights, at least as wide as those of the
+        parameters, which it replaces in floating leaves. With bfloat16 parameters and
+        `slow_dtype="float32"` the slow weights keep the bits that small steps need: a
+        cycle starts from the slow weight unless the parameter is further from it than
+        one rounding, which means that somebody changed it. The fast weights set out
+        from its rounding and stay in the parameters' dtype: of updates too small for
+        that they keep the last one of a cycle.
+
+    Returns:
+      A `GradientTransformationExtraArgs` whose state is a `LookaheadState`. Its
+      `update` needs `params`, a tree of arrays of any shapes and dtypes, and returns
+      updates in the dtypes of `inner`'s. A leaf that is neither floating nor complex
+      has nothing between two values: it takes the inner step, and its slow copy
+      follows at the sync.
+
+    Raises:
+      TypeError: If `inner` is no gradient transformation, a static `k` no integer,
+        a static `alpha` no real number, or `slow_dtype` no floating dtype.
+      ValueError: If a static `k` is below 1, a static `alpha` is outside [0, 1],
+        either is an array that is not a scalar, or `inner_state` is none of the
+        three. `init` raises it if `slow_dtype` is narrower than a parameter, or if
+        the state of `inner` cannot be interpolated; `update` without `params`, or
+        with `params` that are unlike those that `init` saw.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from optax_lookahead import lookahead
+      >>> loss = lambda w: jnp.sum((w - 3.0) ** 2)
+      >>> tx = lookahead(optax.sgd(0.1), k=5, alpha=0.5)
+      >>> w = jnp.array([0.0, 1.0])
+      >>> state = tx.init(w)
+      >>> for step in range(1, 16):
+      ...     updates, state = tx.update(jax.grad(loss)(w), state, w)
+      ...     w = optax.apply_updates(w, updates)
+      ...     if step % 5 == 0:
+      ...         print(f"{step:2d} {loss(w):.4f}")
+       5 5.7289
+      10 2.5246
+      15 1.1126
+
+    References:
+      Zhang, Lucas, Hinton, Ba, `Lookahead Optimizer: k steps forward, 1 step back
+      <https://arxiv.org/abs/1907.08610>`_, 2019, Algorithm 1.
+    """
+    check_alpha(alpha)
+    check_inner_state(inner_state)
+    return cycles(inner, fraction(alpha), k, inner_state, slow_dtype)
+
+
+def outer_loop(
+    inner: optax.GradientTransformation,
+    outer: optax.GradientTransformation,
+    k: jax.typing.ArrayLike,
+    *,
+    inner_state: InnerState = "keep",
+    slow_dtype: jax.typing.DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Lets an outer optimizer take a step after every k steps of an inner one.
+
+    It is given the way that the inner optimizer went, with the sign of a gradient, and
+    the slow weights as its parameters::
+
+        theta_{t,0} = phi_{t-1}
+        theta_{t,i} = theta_{t,i-1} + inner(...)                    i = 1, ..., k
+        phi_t       = phi_{t-1} + outer(phi_{t-1} - theta_{t,k})
+
+    With `optax.sgd(alpha)` as `outer` this is `lookahead(inner, k, alpha)`, to
+    rounding; with Nesterov momentum it is SNOO, and DiLoCo and MuLoCo with one worker;
+    with heavy-ball momentum SlowMo, at a constant learning rate and with one worker.
+    In all else, `outer_loop` is as `lookahead`.
+
+    Args:
+      inner: The optimizer that takes the fast steps. Extra arguments of `update` are
+        forwarded to it.
+      outer: The optimizer that takes the slow steps. It is evaluated in every step,
+        and counts at a sync: its state moves only there, so a schedule inside it
+        counts syncs. It sees the floating and complex leaves of
+        the parameters, the others as `optax.MaskedNode`. Extra arguments of `update`
+        are forwarded to it, and one is added: `fast`, a tuple with the fields `grads`
+        and `updates` (of the inner step that ends the cycle), `state` (of `inner`
+        after it) and `sync` (whether the outer step counts; on other steps its
+        result is dropped).
+      k: As in `lookahead`.
+      inner_state: `"keep"` or `"reset"`, as in `lookahead`. There is no
+        `"interpolate"`, as an outer optimizer has no fraction to move by.
+      slow_dtype: As in `lookahead`. The outer state has this dtype too.
+
+    Returns:
+      A `GradientTransformationExtraArgs` as of `lookahead`, whose state holds the
+      outer optimizer's in `outer_state`.
+
+    Raises:
+      TypeError: As `lookahead`, and if `outer` is no gradient transformation.
+      ValueError: As `lookahead`, and if `inner_state` is `"interpolate"`. `update`
+        raises it if `outer` returns updates or a state of another tree or other
+        shapes than it was given, or if an extra argument is named `fast`.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from optax_lookahead import outer_loop
+      >>> loss = lambda w: jnp.sum((w - 3.0) ** 2)
+      >>> nesterov = optax.sgd(0.7, momentum=0.5, nesterov=True)
+      >>> tx = outer_loop(optax.sgd(0.05), nesterov, k=5)
+      >>> w = jnp.array([0.0, 1.0])
+      >>> state = tx.init(w)
+      >>> for step in range(1, 16):
+      ...     updates, state = tx.update(jax.grad(loss)(w), state, w)
+      ...     w = optax.apply_updates(w, updates)
+      ...     if step % 5 == 0:
+      ...         print(f"{step:2d} {loss(w):.4f}")
+       5 4.2239
+      10 0.8338
+      15 0.0595
+
+    References:
+      Kallusky, Rao, Nandavanam, Shi, `SNOO: Step-K Nesterov Outer Optimizer
+      <https://arxiv.org/abs/2510.15830>`_, 2025. Douillard et al., `DiLoCo
+      <https://arxiv.org/abs/2311.08105>`_, 2023, Algorithm 1. Thérien et al., `MuLoCo
+      <https://arxiv.org/abs/2505.23725>`_, 2025. Wang, Tantia, Ballas, Rabbat, `SlowMo
+      <https://arxiv.org/abs/1910.00643>`_, 2019, Algorithm 1.
+    """
+    check_transformation("outer", outer)
+    check_inner_state(inner_state, outer)
+    return cycles(inner, by_optimizer(outer), k, inner_state, slow_dtype)
