@@ -110,10 +110,11 @@ def cycles(
 
 
 def _as_int32(k: jax.typing.ArrayLike) -> jax.Array:
-    """Returns the period; one that no int32 holds is beyond every step."""
+    """Returns the period, where one that no int32 holds is beyond every step."""
     k = jnp.asarray(k)
-    if jnp.issubdtype(k.dtype, jnp.integer):
-        most = jnp.iinfo(jnp.int32).max
-        if jnp.iinfo(k.dtype).max > most:
-            k = jnp.minimum(k, most)
+    if jnp.issubdtype(k.dtype, jnp.floating):
+        # The largest float32 that an int32 holds.
+        k = jnp.minimum(k.astype(jnp.float32), 2.0**31 - 2.0**7)
+    elif jnp.issubdtype(k.dtype, jnp.integer) and jnp.iinfo(k.dtype).bits >= 32:
+        k = jnp.minimum(k, jnp.iinfo(jnp.int32).max)
     return k.astype(jnp.int32)

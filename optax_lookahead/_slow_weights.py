@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from ._slow_step import SlowUpdate
-from ._state import is_finite, is_inexact, select
+from ._state import common_dtype, is_finite, is_inexact, select
 
 
 def set_out(p: Any, start: Any, u: Any, slow: Any) -> "Way":
@@ -46,7 +46,8 @@ def phi_of_cycle(start: Any, p: Any, slow: Any) -> Any:
         # Unless it holds the slow weight, as well as its dtype can: near zero, where
         # float16 runs out of exponents, less well than its eps says.
         narrow = jnp.finfo(jnp.result_type(p))
-        one_rounding = narrow.eps * jnp.maximum(jnp.abs(slow), float(narrow.tiny))
+        least = jnp.maximum(jnp.abs(slow), float(narrow.tiny))
+        one_rounding = float(narrow.eps) * least
         finite = is_finite(slow, slow)
         way = jnp.where(start, held, 0) - jnp.where(finite, slow, 0)
         start &= ~(finite & (jnp.abs(way) <= one_rounding))
@@ -158,15 +159,15 @@ class Still(Way):
 
 def is_wider(slow: Any, p: Any) -> bool:
     """Returns whether the slow weight has bits that the parameter cannot hold."""
-    slow, p = jnp.result_type(slow), jnp.result_type(p)
-    if slow == p or not jnp.issubdtype(p, jnp.inexact):
+    if not (is_inexact(slow) and is_inexact(p)):
         return False
-    return bool(jnp.finfo(slow).eps < jnp.finfo(p).eps)
+    eps = [float(jnp.finfo(jnp.result_type(x)).eps) for x in (slow, p)]
+    return eps[0] < eps[1]
 
 
 def _way_back(p: Any, u: Any, phi: Any) -> tuple[Any, Any]:
     """Returns phi less the fast weight, and for which elements it is finite."""
-    dtype = jnp.promote_types(jnp.result_type(u), phi.dtype)
+    dtype = common_dtype(u, phi)
     theta, phi = _added(p, u, dtype), jnp.asarray(phi, dtype)
     finite = is_finite(theta, p) & is_finite(phi, phi)
     # Masked before, too: the difference of two infinities is a NaN, which
@@ -179,7 +180,7 @@ def _way_back(p: Any, u: Any, phi: Any) -> tuple[Any, Any]:
 def _added(p: Any, u: Any, dtype: Any = None) -> Any:
     """Returns p + u, before it is rounded to what `p` can hold."""
     if dtype is None:
-        dtype = jnp.promote_types(jnp.result_type(p), jnp.result_type(u))
+        dtype = common_dtype(p, u)
     return jnp.asarray(p, dtype) + jnp.asarray(u, dtype)
 
 

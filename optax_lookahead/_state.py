@@ -79,6 +79,17 @@ def is_inexact(x: Any) -> bool:
     return jnp.issubdtype(jnp.result_type(x), jnp.inexact)
 
 
+def common_dtype(x: Any, y: Any) -> Any:
+    """Returns the dtype for both, which JAX does not name for floats below 16 bits."""
+    x, y = jnp.result_type(x), jnp.result_type(y)
+    if all(jnp.issubdtype(dtype, jnp.inexact) for dtype in (x, y)):
+        if jnp.finfo(x).bits < 16:
+            return y
+        if jnp.finfo(y).bits < 16:
+            return x
+    return jnp.promote_types(x, y)
+
+
 def is_finite(x: Any, p: Any) -> Any:
     """Returns which elements of `x` are finite, also once `p`'s dtype holds them."""
     if not (is_inexact(x) and is_inexact(p)):

@@ -43,6 +43,12 @@ def check_k(k: Any) -> None:
         raise TypeError(message)
     if value < 1:
         raise ValueError(message)
+    most = jnp.iinfo(jnp.int32).max
+    if value > most:
+        raise ValueError(
+            f"`k` must be an integer of at least 1 and at most {most}, got {value!r}. "
+            f"Write `k={most}` never to sync."
+        )
 
 
 def check_alpha(alpha: Any) -> None:
@@ -221,6 +227,7 @@ def check_params(params: Any, slow_params: Any) -> None:
     got, expected = jax.tree.structure(params), jax.tree.structure(slow_params)
     if got == expected and all(map(_fits, leaves, slow_leaves)):
         return
+    check_arrays(params)
     # The first leaf that differs says more than two printed trees of a whole model.
     by_path = dict(jax.tree.leaves_with_path(params))
     for path, phi in jax.tree.leaves_with_path(slow_params):

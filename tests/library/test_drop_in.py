@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from optax_lookahead import LookaheadState, lookahead
+from optax_lookahead import LookaheadState, lookahead, outer_loop, slow_params
 
 PARAMS = {"w": jnp.array([[1.0, -2.0]]), "b": jnp.array([0.5])}
 
@@ -137,3 +138,33 @@ def test_abstract_init_gives_the_shapes_that_init_would():
         ]
     # Without `eval_shape` too, as Optax's own optimizers allow.
     assert tx.init(abstract).slow_params == abstract
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize("slow_dtype", [None, "float32"])
+def test_a_loop_that_makes_floats_of_integers_and_flags_goes_on(slow_dtype, transform):
+    # `optax.apply_updates` does not, but a loop's own `p + u` does.
+    start = {"w": jnp.ones(2), "n": jnp.asarray([3, -2]), "on": jnp.asarray(True)}
+    grads = {"w": jnp.ones(2), "n": jnp.asarray([0.5, -2.0]), "on": jnp.asarray(1.0)}
+    ways = {}
+    for name, tx in {
+        "alone": optax.sgd(0.3),
+        "lookahead": lookahead(optax.sgd(0.3), 2, 0.5, slow_dtype=slow_dtype),
+        "outer": outer_loop(optax.sgd(0.3), optax.adam(0.1), 2, slow_dtype=slow_dtype),
+    }.items():
+        params, state = start, tx.init(start)
+        update = transform(tx.update)
+        dtypes = jax.tree.map(jnp.result_type, state)
+        for _ in range(5):
+            updates, state = update(grads, state, params)
+            params = jax.tree.map(lambda p, u: p + u, params, updates)
+            assert jax.tree.map(jnp.result_type, state) == dtypes
+            if name != "alone":
+                slow = slow_params(state, params)
+                for leaf in ("n", "on"):
+                    np.testing.assert_array_equal(slow[leaf], params[leaf])
+        ways[name] = params
+    for leaf in ("n", "on"):
+        assert ways["alone"][leaf].dtype == jnp.float32
+        for name in ("lookahead", "outer"):
+            np.testing.assert_allclose(ways[name][leaf], ways["alone"][leaf])

@@ -471,3 +471,45 @@ def test_donated_steps_share_one_trace():
             (in_scan[0], in_scan[1].slow_params),
         )
     assert len(traces) == 1
+
+
+@pytest.mark.parametrize("slow_dtype", [None, "bfloat16", "float32"])
+@pytest.mark.parametrize(
+    "dtype",
+    ["float8_e3m4", "float8_e4m3fn", "float8_e5m2", "float8_e5m2fnuz", "float4_e2m1fn"],
+)
+def test_floats_that_jax_does_not_promote_take_their_steps(dtype, slow_dtype):
+    # Each number on the way is one that all of these dtypes hold.
+    start = np.array([1.5, 1.0, 0.5, 0.0])
+    inner, outer = optax.sgd(0.5), optax.sgd(0.5)
+    for tx in (
+        lookahead(inner, 2, 0.5, slow_dtype=slow_dtype),
+        lookahead(inner, 2, 0.5, slow_dtype=slow_dtype, inner_state="interpolate"),
+        outer_loop(inner, outer, 2, slow_dtype=slow_dtype),
+    ):
+        params = jnp.asarray(start).astype(dtype)
+        state = tx.init(params)
+        for moved in (0.5, 0.5, 1.0, 1.0):
+            updates, state = tx.update(jnp.ones_like(params), state, params)
+            params = optax.apply_updates(params, updates)
+            assert params.dtype == updates.dtype == dtype
+            if state.steps_since_sync == 0:
+                for tree in (params, state.slow_params, slow_params(state, params)):
+                    np.testing.assert_array_equal(np.float32(tree), start - moved)
+
+
+@pytest.mark.parametrize("dtype", ["int2", "int4", "uint4"])
+def test_integers_that_jax_does_not_promote_stay_beside_what_is_trained(dtype):
+    inner = optax.masked(optax.sgd(0.5), {"w": True, "n": False})
+    tx = lookahead(
+        optax.chain(inner, optax.masked(optax.set_to_zero(), {"w": False, "n": True})),
+        2,
+    )
+    params = {"w": jnp.ones(2), "n": jnp.ones(2, jnp.int32).astype(dtype)}
+    state = tx.init(params)
+    for _ in range(4):
+        updates, state = tx.update(params, state, params)
+        params = optax.apply_updates(params, updates)
+    for n in (params["n"], state.slow_params["n"], slow_params(state, params)["n"]):
+        assert n.dtype == dtype
+        np.testing.assert_array_equal(n.astype(jnp.int32), 1)
