@@ -27,15 +27,25 @@ def lookahead(
         theta_{t,i} = theta_{t,i-1} + inner(...)                    i = 1, ..., k
         phi_t       = phi_{t-1} + alpha * (theta_{t,k} - phi_{t-1})
 
+    So phi_t is an exponential moving average of the fast weights at the ends of the
+    cycles, `alpha * (theta_t + (1 - alpha) * theta_{t-1} + ...)`, whatever `inner` is.
     A cycle starts from the parameters that the first of its updates is given, so
     weights that were loaded, clipped or projected outside the optimizer count. After
     a sync, `slow_params` in the state equals the new parameters bit for bit.
 
+    The slow weights stay finite. An element syncs only if its fast weight, its way
+    back and the weight that it lands on are finite, as they are stored; otherwise it
+    takes the update of `inner`, and its slow weight stays. No cycle starts from an
+    element that is not finite. So a run that blew up goes on from what the function
+    `slow_params` returns, with moments cleared by a new `init`. A blow-up that is
+    still finite at a sync is taken; and what is infinite by design, such as a mask,
+    has to be so at `init`.
+
     Args:
       inner: The optimizer that takes the fast steps. Extra arguments of `update` are
         forwarded to it.
-      k: Inner steps in a cycle, an integer of at least 1. Also an int32 scalar array
-        or tracer, whose value is not checked: below 1, every step syncs.
+      k: Inner steps in a cycle, an integer of at least 1 that int32 holds. Also a
+        scalar array or tracer, whose value is not checked: below 1, every step syncs.
       alpha: Slow step size in [0, 1], without unit. Also a float scalar array or
         tracer, whose value is not checked, or a schedule: a function from the number
         of completed syncs (int32 scalar) to the step size.
@@ -55,6 +65,12 @@ def lookahead(
           moments, move to `old + alpha * (now - old)`, with their value at the last
           sync as `old`; the others stay. The state then holds a copy of them. A
           moment that is NaN stays NaN, as under `"keep"`.
+        - A function `(state, fresh) -> state` of the inner state after the cycle's
+          last step, and of what `inner.init` gives at the new parameters. It is
+          evaluated in every step, and counts at a sync.
+
+        Whichever it is, the loss that Optax's line searches keep for the next step is
+        made infinite, at which they compute it anew: it is that of other parameters.
       slow_dtype: Floating dtype of the slow weights, at least as wide as those of the
         parameters, which it replaces in floating leaves. With bfloat16 parameters and
         `slow_dtype="float32"` the slow weights keep the bits that small steps need: a
@@ -72,12 +88,14 @@ def lookahead(
 
     Raises:
       TypeError: If `inner` is no gradient transformation, a static `k` no integer,
-        a static `alpha` no real number, or `slow_dtype` no floating dtype.
-      ValueError: If a static `k` is below 1, a static `alpha` is outside [0, 1],
-        either is an array that is not a scalar, or `inner_state` is none of the
-        three. `init` raises it if `slow_dtype` is narrower than a parameter, or if
-        the state of `inner` cannot be interpolated; `update` without `params`, or
-        with `params` that are unlike those that `init` saw.
+        a static `alpha` no real number, or `slow_dtype` no floating dtype. `init`
+        raises it if a leaf is no array.
+      ValueError: If a static `k` is below 1 or beyond int32, a static `alpha` is
+        outside [0, 1], either is an array that is not a scalar, or `inner_state` is
+        none of the four. `init` raises it if `slow_dtype` is narrower than a
+        parameter, or if the state of `inner` cannot be interpolated; `update` without
+        `params`, with `params` that are unlike those that `init` saw, or if the
+        function `inner_state` returns another tree, other shapes or other dtypes.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
@@ -128,17 +146,18 @@ def outer_loop(
 
     Args:
       inner: The optimizer that takes the fast steps. Extra arguments of `update` are
-        forwarded to it.
+        forwarded to it, but for `outer_args`.
       outer: The optimizer that takes the slow steps. It is evaluated in every step,
-        and counts at a sync: its state moves only there, so a schedule inside it
-        counts syncs. It sees the floating and complex leaves of
-        the parameters, the others as `optax.MaskedNode`. Extra arguments of `update`
-        are forwarded to it, and one is added: `fast`, a tuple with the fields `grads`
-        and `updates` (of the inner step that ends the cycle), `state` (of `inner`
-        after it) and `sync` (whether the outer step counts; on other steps its
-        result is dropped).
+        and counts at a sync: on other steps its gradient is 1, where every optimizer
+        has derivatives, and its result is dropped. So its state moves only at a sync,
+        and a schedule inside it counts syncs. It sees the floating and complex leaves
+        of the parameters, the others as `optax.MaskedNode`. Extra arguments of
+        `update` are forwarded to it, and those in a dict `outer_args` to it alone.
+        One is added: `fast`, a tuple with the fields `grads` and `updates` (of the
+        inner step that ends the cycle), `state` (of `inner` after it) and `sync`
+        (whether the outer step counts).
       k: As in `lookahead`.
-      inner_state: `"keep"` or `"reset"`, as in `lookahead`. There is no
+      inner_state: `"keep"`, `"reset"` or a function, as in `lookahead`. There is no
         `"interpolate"`, as an outer optimizer has no fraction to move by.
       slow_dtype: As in `lookahead`. The outer state has this dtype too.
 
@@ -147,7 +166,8 @@ def outer_loop(
       outer optimizer's in `outer_state`.
 
     Raises:
-      TypeError: As `lookahead`, and if `outer` is no gradient transformation.
+      TypeError: As `lookahead`, and if `outer` is no gradient transformation or
+        `outer_args` no dict.
       ValueError: As `lookahead`, and if `inner_state` is `"interpolate"`. `update`
         raises it if `outer` returns updates or a state of another tree or other
         shapes than it was given, or if an extra argument is named `fast`.

@@ -178,8 +178,8 @@ def check_anchor(anchor: Any, now: Any) -> None:
     if got != expected:
         raise ValueError(
             "`anchor` must hold the trees in `fast_state` that are like the "
-            f"parameters, got {got} where they are {expected}. For a checkpoint from "
-            "before version 0.2 write `state._replace(anchor=jax.tree.unflatten("
+            f"parameters, got {got} where they are {expected}. For a checkpoint in the "
+            "old form write `state._replace(anchor=jax.tree.unflatten("
             "jax.tree.structure(tx.init(params).anchor), "
             "jax.tree.leaves(state.anchor)))`."
         )
