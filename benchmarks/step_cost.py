@@ -21,12 +21,12 @@ Everything at once would be thousands of programs, so these slices of it are mea
     leaves   10,000,000 floats in 1 to 2,000 leaves     adam, k = 5
     dtypes   bfloat16, slow weights too or float32      20 x 500,000, k = 5
     k        1, 5, 10 and 50                            20 x 100,000 float32
-    gpu      200,000,000 floats, float32 and bfloat16, k = 5 and 50
-    whole    200,000,000 floats in a training step, the same
 
-    python benchmarks/step_cost.py            # all but the last two
-    python benchmarks/step_cost.py --quick    # all, at a small size
-    python benchmarks/step_cost.py --slices gpu whole --json gpu.json
+    python benchmarks/step_cost.py
+    python benchmarks/step_cost.py --quick    # some of each, at a small size
+    python benchmarks/step_cost.py --slices inners --json step_cost.json
+
+`gpu.py` is for what a GPU is needed for.
 """
 
 import itertools
@@ -36,7 +36,6 @@ import statistics
 import sys
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from forms import (
@@ -69,7 +68,6 @@ from timing import (
 COPY = "copy"  # what the machine can do: reads all parameters once and writes them
 SAME_DTYPE = [form for form in FORMS if form != WIDE]
 EVERY_K = 50  # a multiple of every k
-AMORTISED = [ALONE, OURS, COND, LOOP_COND]
 # Adafactor takes the norm of each leaf's update before it uses it.
 LEAFWISE = [inner for inner in INNERS if inner != "adafactor"]
 
@@ -84,19 +82,14 @@ class Case(NamedTuple):
     dtype: str = "float32"
     k: int = 5
     forms: list[str] = SAME_DTYPE
-    batch: int = 0  # of a whole training step, whose leaves are square matrices
 
     def label(self) -> str:
         floats = f"{self.leaves:,} x {self.size:,} {self.dtype}"
-        batch = f", batch {self.batch:,}" if self.batch else ""
-        return f"{self.inner}, {floats}, k = {self.k}{batch}"
+        return f"{self.inner}, {floats}, k = {self.k}"
 
 
 def cases() -> list[Case]:
-    both, pair = ["float32", "bfloat16"], ["sgd", "adam"]
     few = [ALONE, OURS, UPSTREAM]  # 2,000 leaves are slow to compile
-    gpu = {"leaves": 100, "size": 2_000_000}
-    whole = {"leaves": 12, "size": 4096**2, "batch": 2048, "forms": AMORTISED}
     return [
         *(Case("inners", inner) for inner in INNERS),
         *(Case("sizes", "adam", size=50 * 10**i) for i in range(6)),
@@ -110,24 +103,8 @@ def cases() -> list[Case]:
         ),
         *(
             Case("k", inner, size=100_000, k=k)
-            for inner in pair
+            for inner in ("sgd", "adam")
             for k in (1, 5, 10, 50)
-        ),
-        *(
-            Case("gpu", inner, dtype=dtype, **gpu)
-            for inner in ("sgd", "momentum", "adam")
-            for dtype in both
-        ),
-        *(
-            Case("gpu", inner, dtype=dtype, k=50, **gpu | {"forms": AMORTISED})
-            for inner in pair
-            for dtype in both
-        ),
-        *(
-            Case("whole", inner, dtype=dtype, k=k, **whole)
-            for inner in pair
-            for dtype in both
-            for k in (5, 50)
         ),
     ]
 
@@ -135,9 +112,7 @@ def cases() -> list[Case]:
 def shrink(case: Case) -> Case:
     if case.leaves * case.size <= 10_000:
         return case
-    return case._replace(
-        leaves=min(case.leaves, 50), size=64**2, batch=min(case.batch, 64)
-    )
+    return case._replace(leaves=min(case.leaves, 50), size=64**2)
 
 
 def quick_cases() -> list[Case]:
@@ -150,32 +125,9 @@ def quick_cases() -> list[Case]:
     ]
 
 
-def whole_step(form: Form, case: Case) -> Program:
-    """Returns a training step: forward, backward and update."""
-    width = round(case.size**0.5)
-    x = tree(1, case.batch * width, case.dtype, seed=1)[0].reshape(-1, width)
-    params = [
-        w.reshape(width, width) / width**0.5
-        for w in tree(case.leaves, case.size, case.dtype, seed=0)
-    ]
-
-    def loss_fn(params, x):
-        for w in params:
-            x = jnp.tanh(x @ w)
-        return jnp.mean(x**2)
-
-    def step(carry, x):
-        params, state = carry
-        return form.apply(jax.grad(loss_fn)(form.fast(params), x), state, params)
-
-    return Program(step, form.init(params), x)
-
-
 def programs_of(case: Case) -> dict[str, Program]:
     inner = INNERS[case.inner]
     forms = {name: Form(name, FORMS[name](inner, case.k)) for name in case.forms}
-    if case.batch:
-        return {name: whole_step(form, case) for name, form in forms.items()}
     params = tree(case.leaves, case.size, case.dtype, seed=0)
     grads = tree(case.leaves, case.size, case.dtype, seed=1)
     programs = {
@@ -193,7 +145,6 @@ class Row(NamedTuple):
     rounds: int
     seconds: float  # median over the rounds
     ratio: Ratio  # of the time to the inner optimizer's
-    to_ours: Ratio  # and to optax_lookahead's
     accessed: int
     temporary: int
     arguments: int
@@ -207,11 +158,9 @@ class Row(NamedTuple):
 def measure(case: Case, seconds: float) -> list[Row]:
     programs = programs_of(case)
     # A form begins its turn with cold caches, so where k varies, turns are as long.
-    steps = EVERY_K if case.slice in ("k", "gpu", "whole") else case.k
+    steps = EVERY_K if case.slice == "k" else case.k
     times = side_by_side(programs, steps, seconds)
-    copy_speed = 0.0
-    if COPY in programs:
-        copy_speed = programs[COPY].floor / statistics.median(times[COPY])
+    copy_speed = programs[COPY].floor / statistics.median(times[COPY])
     return [
         Row(
             case,
@@ -219,7 +168,6 @@ def measure(case: Case, seconds: float) -> list[Row]:
             len(times[name]),
             statistics.median(times[name]),
             ratio(times[name], times[ALONE]),
-            ratio(times[name], times[OURS]),
             *programs[name].counts,
             nbytes(programs[name].carry),
             programs[name].floor,
@@ -237,7 +185,8 @@ def unit(case: Case) -> int:
 def cells(row: Row, alone: Row) -> dict[str, Any]:
     """Returns what the table says of one row."""
     case, n = row.case, unit(row.case)
-    result = {
+    floor = row.floor / alone.floor
+    return {
         "inner": case.inner,
         "form": row.form,
         "floats": f"{case.leaves:,} x {case.size:,}",
@@ -245,17 +194,9 @@ def cells(row: Row, alone: Row) -> dict[str, Any]:
         "k": case.k,
         "ms": f"{1e3 * row.seconds:.3g}",
         "time / inner (quartiles)": row.ratio,
-    }
-    if case.batch:
-        result["time / ours (quartiles)"] = row.to_ours
-    else:
-        floor = row.floor / alone.floor
-        result |= {
-            "floor / inner": f"{floor:.2f}",
-            "of the floor": f"{floor / row.ratio.median:.0%}",
-            "of copy speed": f"{row.floor / row.seconds / row.copy_speed:.0%}",
-        }
-    return result | {
+        "floor / inner": f"{floor:.2f}",
+        "of the floor": f"{floor / row.ratio.median:.0%}",
+        "of copy speed": f"{row.floor / row.seconds / row.copy_speed:.0%}",
         "accessed / N": f"{row.accessed / n:.2f}",
         "temporaries / N": f"{row.temporary / n:.2f}",
         "arguments / N": f"{row.arguments / n:.2f}",
@@ -268,7 +209,7 @@ def violations(rows: list[Row], alone: Row) -> list[str]:
     result = []
     for row in rows:
         case = row.case
-        if row.form != OURS or case.batch:
+        if row.form != OURS:
             continue
         added = row.floor - alone.floor
         # Two counters, int32, are read and written too.
@@ -288,10 +229,12 @@ def violations(rows: list[Row], alone: Row) -> list[str]:
 def as_json(row: Row) -> dict[str, Any]:
     case = row.case._asdict()
     del case["forms"]
-    ratios = {"ratio": row.ratio._asdict(), "to_ours": row.to_ours._asdict()}
-    return (
-        case | row._asdict() | ratios | {"case": row.case.label(), "n": unit(row.case)}
-    )
+    named = {
+        "ratio": row.ratio._asdict(),
+        "case": row.case.label(),
+        "n": unit(row.case),
+    }
+    return case | row._asdict() | named
 
 
 # Safe for colour blindness, and told apart in black and white by their markers.
@@ -359,7 +302,7 @@ def main() -> None:
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE")
     parser.add_argument("--out", type=pathlib.Path, metavar="PNG", help="of `sizes`")
     args = parser.parse_args()
-    slices = args.slices or (every if args.quick else every[:5])
+    slices = args.slices or every
     if args.out and "sizes" not in slices:
         parser.error("--out draws the slice `sizes`: add it to --slices.")
     for file in filter(None, (args.json, args.out)):

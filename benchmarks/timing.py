@@ -1,8 +1,10 @@
 """What the benchmarks share: programs that are counted, and timed side by side."""
 
 import argparse
+import functools
 import os
 import platform
+import re
 import statistics
 import sys
 import time
@@ -14,6 +16,10 @@ import optax
 
 LEAST_ROUNDS = 5
 LEAST_ROUND = 0.02  # seconds, so that starting and stopping the clock is little of it
+# Other names for bytes that are there already.
+FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast"}
+HEAD = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*\{$")
+INSTRUCTION = re.compile(r" += .*? ([a-z][a-z0-9-]*)\((.*)")
 
 
 class Counts(NamedTuple):
@@ -28,6 +34,35 @@ class Counts(NamedTuple):
 
 def nbytes(tree: Any) -> int:
     return sum(x.nbytes for x in jax.tree.leaves(tree))
+
+
+def kernels(text: str) -> int:
+    """Returns how many instructions of a text of optimized HLO launch something.
+
+    Of a branch the longer side counts, of a loop one turn.
+    """
+    bodies: dict[str, list[tuple[str, str]]] = {}
+    name = ""
+    for line in text.splitlines():
+        if head := HEAD.match(line):
+            name = "ENTRY" if head[1] else head[2]
+            bodies[name] = []
+        elif name and (found := INSTRUCTION.search(line)):
+            bodies[name].append((found[1], found[2].partition(", metadata=")[0]))
+
+    def count(name):
+        return sum(launches(*instruction) for instruction in bodies[name])
+
+    def launches(op, rest):
+        if op in FREE or op.endswith("-done"):
+            return 0
+        if op not in {"call", "while", "conditional"}:
+            return 1
+        words = re.findall(r"[\w.-]+", rest.partition("), ")[2])
+        called = [count(word) for word in words if word in bodies]
+        return max(called) if op == "conditional" else sum(called)
+
+    return count("ENTRY")
 
 
 class Program:
@@ -48,12 +83,17 @@ class Program:
         start = time.perf_counter()
         lowered = self.step.lower(carry, *inputs)
         traced = time.perf_counter()
-        compiled = lowered.compile()  # calls find it in the cache
+        self.compiled = lowered.compile()  # calls find it in the cache
         self.trace_seconds = traced - start
         self.compile_seconds = time.perf_counter() - traced
-        memory = compiled.memory_analysis()
-        self.counts = Counts(
-            int(compiled.cost_analysis()["bytes accessed"]),
+        # What has to move: the carry is read and written, the inputs are read.
+        self.floor = 2 * nbytes(carry) + nbytes(inputs)
+
+    @functools.cached_property
+    def counts(self) -> Counts:
+        memory = self.compiled.memory_analysis()
+        return Counts(
+            int(self.compiled.cost_analysis()["bytes accessed"]),
             memory.temp_size_in_bytes,
             memory.argument_size_in_bytes,
             memory.alias_size_in_bytes,
@@ -62,8 +102,6 @@ class Program:
             + memory.output_size_in_bytes
             - memory.alias_size_in_bytes,
         )
-        # What has to move: the carry is read and written, the inputs are read.
-        self.floor = 2 * nbytes(carry) + nbytes(inputs)
 
     def seconds(self, steps: int) -> float:
         """Returns the mean time of a step over `steps` of them."""
