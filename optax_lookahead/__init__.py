@@ -15,6 +15,7 @@ True
 
 import importlib.metadata
 
+from ._average import average_replicas as average_replicas
 from ._line_minimum import (
     LineMinimumState as LineMinimumState,
     adam_curvature as adam_curvature,

@@ -77,7 +77,8 @@ def cycles(
         ways = jax.tree.map(set_out, params, starts, inner_updates, state.slow_params)
 
         # 4. THE SYNC: a slow step, and landing on it.
-        fast = FastSide(grads, inner_updates, fast_state, sync)
+        finite = jax.tree.map(lambda way: way.finite, ways)
+        fast = FastSide(grads, inner_updates, fast_state, sync, finite)
         slow_updates, outer_state = slow_step.step(state, ways, fast, outer_args)
         landings = jax.tree.map(
             lambda way, slow_update: way.land(sync, slow_update), ways, slow_updates

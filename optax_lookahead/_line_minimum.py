@@ -126,7 +126,7 @@ def line_minimum(
         **extra_args: Any,
     ) -> tuple[optax.Updates, LineMinimumState]:
         del state, extra_args
-        check_fast(fast, FastSide)
+        check_fast(fast, FastSide, "line_minimum(curvature)")
         line = functools.partial(_line, updates, fast, curvature, _dtype(params))
         if grad_fn is None:
             slope, curve = line(None)

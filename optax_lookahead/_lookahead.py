@@ -142,6 +142,7 @@ def outer_loop(
     With `optax.sgd(alpha)` as `outer` this is `lookahead(inner, k, alpha)`, to
     rounding; with Nesterov momentum it is SNOO, and DiLoCo and MuLoCo with one worker;
     with heavy-ball momentum SlowMo, at a constant learning rate and with one worker.
+    For several workers put `average_replicas` before the outer optimizer.
     In all else, `outer_loop` is as `lookahead`.
 
     Args:
@@ -154,8 +155,9 @@ def outer_loop(
         of the parameters, the others as `optax.MaskedNode`. Extra arguments of
         `update` are forwarded to it, and those in a dict `outer_args` to it alone.
         One is added: `fast`, a tuple with the fields `grads` and `updates` (of the
-        inner step that ends the cycle), `state` (of `inner` after it) and `sync`
-        (whether the outer step counts).
+        inner step that ends the cycle), `state` (of `inner` after it), `sync`
+        (whether the outer step counts) and `finite` (which elements of the gradient
+        were finite; the others are 0).
       k: As in `lookahead`.
       inner_state: `"keep"`, `"reset"` or a function, as in `lookahead`. There is no
         `"interpolate"`, as an outer optimizer has no fraction to move by.

@@ -8,7 +8,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ._state import FastSide, LookaheadState, is_finite, is_inexact, select
+from ._state import (
+    AverageReplicasState,
+    FastSide,
+    LookaheadState,
+    is_finite,
+    is_inexact,
+    select,
+)
 from ._validation import check_outer_args, check_outer_result, check_reserved
 
 
@@ -27,6 +34,7 @@ class Fraction:
     """One parameter's slow update: a fraction alpha of its way. No pytree."""
 
     alpha: Any
+    reached: Any = None  # as in `OuterUpdate`
 
     def from_fast(self, pseudo_grad: Any) -> Any:
         # Not `g - alpha * g`, which rounds twice.
@@ -45,6 +53,8 @@ class OuterUpdate:
     """One parameter's slow update: what an outer optimizer returned. No pytree."""
 
     update: Any
+    # For which elements other replicas had a weight to step to; None: not averaged.
+    reached: Any = None
 
     def from_fast(self, pseudo_grad: Any) -> Any:
         return pseudo_grad + jnp.asarray(self.update, pseudo_grad.dtype)
@@ -106,10 +116,11 @@ def by_optimizer(outer: optax.GradientTransformation) -> SlowStep:
             params=slow_params,
             **extra_args | {"fast": fast},
         )
+        outer_state, reached = _take_reached(outer_state)
         check_outer_result("updates", updates, grads)
         check_outer_result("a state", outer_state, state.outer_state)
-        slow_updates = jax.tree.map(
-            lambda _, update: OuterUpdate(update), ways, updates
+        slow_updates = jax.tree.map_with_path(
+            lambda path, _, u: OuterUpdate(u, reached.get(path)), ways, updates
         )
         finite = jax.tree.map(lambda way, x: way.arrives(x), ways, slow_updates)
         return slow_updates, _select_elements(
@@ -117,6 +128,22 @@ def by_optimizer(outer: optax.GradientTransformation) -> SlowStep:
         )
 
     return SlowStep(init, split, step)
+
+
+def _take_reached(outer_state: Any) -> tuple[Any, dict[Any, Any]]:
+    """Returns the state without what `average_replicas` found, and that, by path."""
+    reached: dict[Any, Any] = {}
+
+    def is_average(node: Any) -> bool:
+        return isinstance(node, AverageReplicasState)
+
+    def node(state: Any) -> Any:
+        if not is_average(state):
+            return state
+        reached.update(jax.tree.leaves_with_path(state.reached))
+        return AverageReplicasState()
+
+    return jax.tree.map(node, outer_state, is_leaf=is_average), reached
 
 
 def _select_elements(sync: Any, finite: Any, new: Any, old: Any) -> Any:

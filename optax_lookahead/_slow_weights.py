@@ -71,7 +71,8 @@ class Way:
         """Returns which elements get from there to a finite weight."""
         if isinstance(self.finite, optax.MaskedNode):
             return self.finite
-        return self.finite & step.is_finite(self.phi, self.p)
+        finite = self.finite if step.reached is None else step.reached
+        return finite & step.is_finite(self.phi, self.p)
 
     def land(self, sync: Any, step: SlowUpdate) -> "Landing":
         """Returns where a slow step takes the parameter, if this is a sync."""
@@ -108,6 +109,10 @@ class AsWide(Way):
         # as the loop adds it, so that both agree in every bit.
         slow = jnp.asarray(optax.apply_updates(p, u), phi.dtype)
         lands = sync & _way_back(p, u, phi)[1] & step.is_finite(phi, p)
+        if step.reached is not None:
+            # Where the fast weight is not finite, others' may be.
+            moved = phi + jnp.asarray(step.from_slow(self.pseudo_grad), phi.dtype)
+            phi = jnp.where(sync & self.arrives(step), moved, phi)
         return Landing(u, jnp.where(lands, slow, phi))
 
 
@@ -123,7 +128,7 @@ class Wider(Way):
     def land(self, sync: Any, step: SlowUpdate) -> Landing:
         p, u, phi = self.p, self.u, self.phi
         back = jnp.asarray(step.from_slow(self.pseudo_grad), phi.dtype)
-        arrives = self.finite & is_finite(phi + back, p)
+        arrives = self.arrives(step) & is_finite(phi + back, p)
         slow = jnp.where(sync, phi + jnp.where(arrives, back, 0), phi)
         # From one weight that `p` can hold to another: mostly, so can the step. And
         # from the new slow weight, which can thus be written in place first.

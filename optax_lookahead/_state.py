@@ -37,6 +37,20 @@ class LookaheadState(NamedTuple):
 LookaheadState.__module__ = "optax_lookahead"
 
 
+class AverageReplicasState(NamedTuple):
+    """State of `average_replicas`: nothing.
+
+    Attributes:
+      reached: Of a step, for which elements some replica had a finite weight: a tree
+        like the parameters, dtype=bool. `outer_loop` takes it out of the state.
+    """
+
+    reached: Any = optax.EmptyState()
+
+
+AverageReplicasState.__module__ = "optax_lookahead"
+
+
 class FastSide(NamedTuple):
     """What an outer optimizer is told, as `fast`, about the end of a cycle."""
 
@@ -44,6 +58,7 @@ class FastSide(NamedTuple):
     updates: optax.Updates  # what it returned,
     state: optax.OptState  # and its state after that
     sync: jax.typing.ArrayLike  # whether the outer step counts; shape=(), dtype=bool
+    finite: Any  # which pseudo-gradients were finite; like them, dtype=bool
 
 
 def select(condition: jax.typing.ArrayLike, new: Any, old: Any) -> Any:

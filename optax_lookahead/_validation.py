@@ -319,13 +319,48 @@ def check_one_adam(states: list[Any]) -> Any:
     )
 
 
-def check_fast(fast: Any, fast_side: type) -> None:
+def check_fast(fast: Any, fast_side: type, outer: str) -> None:
     """Raises unless `outer_loop` called."""
     if not isinstance(fast, fast_side):
         raise ValueError(
             f"`fast` must be what `outer_loop` passes to its outer optimizer, got "
-            f"{fast!r}. Write `outer_loop(inner, line_minimum(curvature), k)`."
+            f"{fast!r}. Write `outer_loop(inner, {outer}, k)`."
         )
+
+
+def check_axis(axis_name: Any) -> None:
+    """Raises unless this can be the name of a mapped axis, or several."""
+    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    if not names or not all(isinstance(name, str) for name in names):
+        raise TypeError(
+            "`axis_name` must be the name of an axis or a tuple of names, got "
+            f"{axis_name!r}. Write for example `average_replicas('replica')`."
+        )
+
+
+def check_same_sync(axis_name: Any, sync: Any) -> int:
+    """Returns the number of replicas, and raises unless they sync together.
+
+    As far as JAX knows: under `jax.shard_map` with `check_vma=True` it does.
+    """
+    try:
+        replicas = jax.lax.psum(1, axis_name)
+    except NameError as error:
+        raise ValueError(
+            f"`axis_name` must be an axis that is mapped around `update`, got "
+            f"{axis_name!r}, which is not. Call `update` inside `jax.shard_map`, or "
+            "`jax.vmap` or `jax.pmap` with this `axis_name`."
+        ) from error
+    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    varying = getattr(jax.typeof(sync), "vma", frozenset()) & set(names)
+    if varying:
+        raise ValueError(
+            "`steps_since_sync` must be the same on all replicas, got one that varies "
+            f"over {sorted(varying)}. Write `P()` for it in the `in_specs` and "
+            "`out_specs` of `jax.shard_map`, and take out any wrapper that decides on "
+            "each replica whether to step."
+        )
+    return replicas
 
 
 def check_grad_fn(grad_fn: Any) -> None:

@@ -1,0 +1,156 @@
+"""Many workers that talk once a cycle: the mean of where their fast weights got to."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ._state import AverageReplicasState, FastSide, is_finite
+from ._validation import check_axis, check_fast, check_same_sync
+
+
+def average_replicas(
+    axis_name: str | tuple[str, ...],
+) -> optax.GradientTransformationExtraArgs:
+    """A link of an outer optimizer that averages the fast weights of all replicas.
+
+    For `outer_loop`, at the beginning of the outer optimizer's chain. Each replica
+    takes its inner steps alone; at a sync, and only then, the replicas communicate,
+    and what follows in the chain is given the way back from the mean of their fast
+    weights::
+
+        pseudo_grads_r = phi_r - mean_s(theta_s)
+
+    Not the mean of the ways `phi_s - theta_s`: this form also pulls together what sets
+    the slow weights of the replicas apart, such as roundings or different starts.
+
+    With `optax.sgd(1.0)` after it this is Local SGD, with `optax.sgd(alpha)` Lookahead
+    over workers, with Nesterov momentum DiLoCo, and MuLoCo with Muon as `inner`. With
+    one replica it changes nothing.
+
+    An element that is not finite on a replica is left out of the mean. That replica's
+    slow weight takes the step of the others, and its parameter the inner update, until
+    the loop sets it from `slow_params`. Where no replica is finite, nothing moves.
+
+    All replicas must be at the same place in their cycles: `steps_since_sync` must be
+    one number for all of them, not one for each. Under `jax.shard_map` it has the
+    specification `P()`, and with `check_vma=True` anything else is refused. Under
+    `jax.vmap` its axis must be None: a stack of counters is not noticed, and then every
+    step communicates. A wrapper that decides for each replica whether it steps, such
+    as `optax.apply_if_finite` around the loop, breaks this too.
+
+    Args:
+      axis_name: Name of the mapped axis of the replicas, or several names: of
+        `jax.shard_map`, `jax.vmap` or `jax.pmap`.
+
+    Returns:
+      A `GradientTransformationExtraArgs` that maps pseudo-gradients, a tree of arrays
+      of any shapes and dtypes, to the same, and keeps nothing in its state.
+
+    Raises:
+      TypeError: If `axis_name` is neither a string nor several.
+      ValueError: `update` raises it outside an `outer_loop`, where no such axis is
+        mapped, or where JAX's types show that replicas sync at different steps.
+
+    Examples:
+      >>> import functools, jax, jax.numpy as jnp, optax
+      >>> from optax_lookahead import average_replicas, outer_loop
+      >>> outer = optax.chain(average_replicas("replica"), optax.sgd(1.0))
+      >>> tx = outer_loop(optax.sgd(0.1), outer, k=2)
+      >>> targets = jnp.array([1.0, 3.0])  # each replica's own
+      >>> w = jnp.zeros(2)
+      >>> state = tx.init(w)
+      >>> axes = jax.tree.map(lambda x: 0 if x.ndim else None, state)
+      >>> @functools.partial(
+      ...     jax.vmap, in_axes=(0, axes, 0), out_axes=(0, axes), axis_name="replica"
+      ... )
+      ... def step(w, state, target):
+      ...     updates, state = tx.update(w - target, state, w)
+      ...     return optax.apply_updates(w, updates), state
+      >>> for _ in range(4):
+      ...     w, state = step(w, state, targets)
+      ...     print(*(f"{x:.3f}" for x in w))
+      0.100 0.300
+      0.380 0.380
+      0.442 0.642
+      0.688 0.688
+
+    References:
+      Stich, `Local SGD Converges Fast and Communicates Little
+      <https://arxiv.org/abs/1805.09767>`_, 2019, Algorithm 1. Wang, Tantia, Ballas,
+      Rabbat, `SlowMo <https://arxiv.org/abs/1910.00643>`_, 2019, Algorithm 1. Douillard
+      et al., `DiLoCo <https://arxiv.org/abs/2311.08105>`_, 2023, Algorithm 1.
+    """
+    check_axis(axis_name)
+
+    def init_fn(params: optax.Params) -> AverageReplicasState:
+        del params
+        return AverageReplicasState()
+
+    def update_fn(
+        updates: optax.Updates,
+        state: AverageReplicasState,
+        params: Any = None,
+        *,
+        fast: Any = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, AverageReplicasState]:
+        del extra_args
+        check_fast(fast, FastSide, "average_replicas(axis_name)")
+        replicas = check_same_sync(axis_name, fast.sync)
+        if replicas == 1:
+            return updates, state
+        finite = _like(updates, fast.finite)
+        # What was not finite is sent as an infinity, which no sum loses.
+        thetas = jax.tree.map(
+            lambda phi, g, ok: jnp.where(ok, phi - g, jnp.inf), params, updates, finite
+        )
+        # One tree goes in and comes out: XLA copies what passes through the branch.
+        means = jax.lax.cond(
+            fast.sync, lambda: _means(thetas, axis_name, replicas), lambda: thetas
+        )
+        reached = jax.tree.map(is_finite, means, means)
+        updates = jax.tree.map(
+            lambda phi, mean, ok: jnp.where(ok, phi, 0) - jnp.where(ok, mean, 0),
+            params,
+            means,
+            reached,
+        )
+        return updates, AverageReplicasState(reached)
+
+    # As in `_cycle.py`.
+    return optax.GradientTransformationExtraArgs(
+        init_fn,
+        update_fn,  # pyright: ignore[reportArgumentType]
+    )
+
+
+def _like(updates: Any, finite: Any) -> Any:
+    """Returns the flags of those parameters that this link sees."""
+    flags = dict(jax.tree.leaves_with_path(finite))
+    return jax.tree.map_with_path(lambda path, _: flags[path], updates)
+
+
+def _means(thetas: Any, axis_name: Any, replicas: int) -> Any:
+    """Returns the mean over the replicas on which each element is finite.
+
+    It is infinite where there is none.
+    """
+    number = jnp.uint8 if replicas < 256 else jnp.int32  # few bytes, since they travel
+    finite = jax.tree.map(lambda theta: is_finite(theta, theta), thetas)
+    sums, counts = jax.lax.psum(
+        (
+            # Divided first, since a sum may overflow where the mean does not.
+            jax.tree.map(lambda x, ok: jnp.where(ok, x / replicas, 0), thetas, finite),
+            jax.tree.map(lambda ok: jnp.asarray(ok, number), finite),
+        ),
+        axis_name,
+    )
+
+    def mean(total: Any, count: Any, theta: Any) -> Any:
+        share = jnp.asarray(replicas / jnp.maximum(count, 1), total.dtype)
+        # As varying as the other branch's, which JAX would not accept otherwise.
+        return jnp.where(True, jnp.where(count > 0, total * share, jnp.inf), theta)
+
+    return jax.tree.map(mean, sums, counts, thetas)
