@@ -19,6 +19,7 @@ def test_the_public_names_are_these():
         "outer_loop",
         "slow_params",
         "LookaheadState",
+        "average_replicas",
         "line_minimum",
         "adam_curvature",
         "LineMinimumState",
