@@ -2,6 +2,7 @@
 
 import functools
 import re
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -595,3 +596,116 @@ def test_flax_trains_under_a_policy(policy):
                 jax.tree.leaves(got), jax.tree.leaves((params, opt_state)), strict=True
             ):
                 np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+class Trained(NamedTuple):
+    """The state of somebody's own schedule, which `"reset"` does not know."""
+
+    count: jax.Array
+
+
+def own_schedule(rate):
+    def update(updates, state, params=None):
+        scale = rate / (1 + state.count)
+        return jax.tree.map(lambda u: scale * u, updates), Trained(state.count + 1)
+
+    return optax.GradientTransformation(lambda p: Trained(jnp.zeros([])), update)
+
+
+def keep_trained(state, fresh):
+    """Restarts the moments and lets the schedule go on."""
+    return tuple(
+        s if isinstance(s, Trained) else f for s, f in zip(state, fresh, strict=True)
+    )
+
+
+OWN = optax.chain(optax.trace(0.9), own_schedule(-0.1))
+FUNCTION = {
+    "lookahead": lookahead(OWN, 2, 0.5, inner_state=keep_trained),
+    "outer_loop": outer_loop(OWN, optax.sgd(0.5), 2, inner_state=keep_trained),
+}
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize("name", FUNCTION)
+def test_a_function_decides_what_a_sync_does_to_the_inner_state(name, transform):
+    visited = trajectory(FUNCTION[name], PARAMS, constant_gradient, 6, transform)
+    slow = fast = jax.tree.map(np.asarray, PARAMS)
+    for i, (params, state) in enumerate(visited):
+        grads = jax.tree.map(np.asarray, constant_gradient(fast, i))
+        if i % 2 == 0:
+            trace = jax.tree.map(np.zeros_like, slow)
+        trace = jax.tree.map(lambda g, t: g + 0.9 * t, grads, trace)
+        rate = -0.1 / (1 + i)  # it counts on
+        fast = jax.tree.map(lambda p, t, rate=rate: p + rate * t, fast, trace)
+        if i % 2:
+            slow = fast = jax.tree.map(lambda s, f: (s + f) / 2, slow, fast)
+        jax.tree.map(
+            lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), params, fast
+        )
+        assert state.fast_state[1].count == i + 1
+
+
+def test_a_function_goes_through_scan_and_vmap():
+    tx = FUNCTION["lookahead"]
+    once = trajectory(tx, PARAMS, constant_gradient, 5, jax.jit)[-1][0]
+    many = jax.tree.map(lambda p: jnp.stack([p, p]), PARAMS)
+    ran = jax.vmap(lambda p: scanned(tx, p, constant_gradient, 5))(many)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x[1, -1], y, rtol=1e-6), ran[0], once
+    )
+
+
+@pytest.mark.parametrize(
+    ("function", "rule"),
+    [
+        (lambda state, fresh: fresh[0], "must return a state with the tree"),
+        (
+            lambda state, fresh: jax.tree.map(lambda x: jnp.stack([x, x]), fresh),
+            "must return a state with the shapes",
+        ),
+        (
+            lambda state, fresh: jax.tree.map(lambda x: x.astype(jnp.float16), fresh),
+            "must return a state with the dtypes",
+        ),
+    ],
+    ids=["tree", "shapes", "dtypes"],
+)
+def test_a_function_that_returns_something_else_is_refused_by_name(function, rule):
+    for tx in (
+        lookahead(OWN, 2, inner_state=function),
+        outer_loop(OWN, optax.sgd(0.5), 2, inner_state=function),
+    ):
+        with pytest.raises(ValueError, match=f"`inner_state` {rule}"):
+            tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+
+
+@pytest.mark.parametrize("policy", ["keep", "reset", None])
+@pytest.mark.parametrize("name", ["lbfgs", "backtracking"])
+def test_the_loss_that_a_line_search_keeps_is_void_after_a_sync(name, policy):
+    inner = {
+        "lbfgs": optax.lbfgs(),
+        "backtracking": optax.chain(
+            optax.sgd(1.0), optax.scale_by_backtracking_linesearch(10, store_grad=True)
+        ),
+    }[name]
+    if policy is None:
+        policy = lambda state, fresh: state  # noqa: E731
+    tx = lookahead(inner, 2, 0.5, inner_state=policy)
+
+    def loss(w):
+        return jnp.sum((w - 1.0) ** 4)
+
+    w = jnp.asarray([3.0, -1.0])
+    state = tx.init(w)
+    value_and_grad = optax.value_and_grad_from_state(loss)
+    for step in range(4):
+        value, grad = value_and_grad(w, state=state)
+        # After a sync too, it is that of the parameters in hand.
+        np.testing.assert_allclose(value, loss(w), rtol=1e-6)
+        np.testing.assert_allclose(grad, jax.grad(loss)(w), rtol=1e-5)
+        updates, state = tx.update(
+            grad, state, w, value=value, grad=grad, value_fn=loss
+        )
+        w = optax.apply_updates(w, updates)
+        assert np.isinf(optax.tree.get(state, "value")) == bool(step % 2)

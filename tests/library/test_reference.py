@@ -120,3 +120,28 @@ def test_hand_worked_trajectory():
     )
     assert [float(p) for p, _ in visited] == [-1.0, -2.0, -1.5, -2.5, -3.5, -3.0]
     assert [float(s.slow_params) for _, s in visited] == [0, 0, -1.5, -1.5, -1.5, -3]
+
+
+@pytest.mark.parametrize("name", ["sgd", "momentum", "adam", "lion"])
+@pytest.mark.parametrize(("k", "alpha"), [(1, 0.3), (4, 0.5), (3, 0.9)])
+def test_slow_weights_are_an_average_of_the_ends_of_the_cycles(x64, name, k, alpha):
+    # alpha (theta_t + (1 - alpha) theta_{t-1} + ...) + (1 - alpha)^t theta_0
+    inner = optax.lion(0.05) if name == "lion" else OPTIMIZERS[name][0]
+    params = to_tree(jnp.asarray(START))
+    tx, state = lookahead(inner, k, alpha), None
+    state, ends = tx.init(params), [START]
+    for step in range(5 * k):
+        grads = gradient(params, step)
+        # The inner optimizer's own step, which on the k-th is not the one taken.
+        own, _ = inner.update(grads, state.fast_state, params)
+        end = to_vector(optax.apply_updates(params, own))
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        if (step + 1) % k == 0:
+            ends.append(end)
+            t = len(ends) - 1
+            weights = alpha * (1 - alpha) ** np.arange(t)[::-1]
+            expected = weights @ np.stack(ends[1:]) + (1 - alpha) ** t * START
+            np.testing.assert_allclose(
+                to_vector(state.slow_params), expected, rtol=1e-12, atol=1e-12
+            )

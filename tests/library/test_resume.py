@@ -1,6 +1,8 @@
 """Does a run that was saved and restored go on as if it had never stopped?"""
 
 import functools
+import json
+import pathlib
 import pickle
 
 import flax.serialization
@@ -329,3 +331,72 @@ def test_update_names_the_leaf_where_an_unpickled_state_is_of_other_parameters(
     state = pickle.loads(pickle.dumps(tx.init(initial_params())))
     with pytest.raises(ValueError, match=message):
         tx.update(params, state, params)
+
+
+# Runs of release 0.1.0, saved after five steps of cycles of three, with their
+# parameters five steps later.
+RELEASED = json.loads(
+    (pathlib.Path(__file__).parent / "checkpoints" / "0.1.0.json").read_text()
+)
+RELEASED_RUNS = {
+    "keep": lookahead(optax.adam(0.1), 3, 0.5),
+    "nesterov": outer_loop(
+        optax.sgd(0.1, momentum=0.9), optax.sgd(0.7, momentum=0.9, nesterov=True), 3
+    ),
+    "interpolate": lookahead(optax.adam(0.1), 3, 0.5, inner_state="interpolate"),
+}
+
+
+def from_release(name):
+    """Returns parameters and state as the release had them, and where it ended."""
+    saved, tx = RELEASED[name], RELEASED_RUNS[name]
+
+    def arrays(tree):
+        if isinstance(tree, dict):
+            return {key: arrays(value) for key, value in tree.items()}
+        return tree if tree is None else jnp.asarray(tree)
+
+    params, later = arrays(saved["params"]), arrays(saved["later"])
+    state = tx.init(params)
+    saved = arrays(saved["state"])
+    anchor = saved["anchor"]
+    if name == "interpolate":
+        # As it comes from a pickle: with what it has no anchor of as None.
+        moments = {"mu": anchor["0"]["mu"], "nu": anchor["0"]["nu"]}
+        anchor = optax.ScaleByAdamState(count=None, **moments), optax.EmptyState()
+        saved["anchor"] = flax.serialization.to_state_dict(state.anchor)
+        restored = flax.serialization.from_state_dict(state, saved)
+        return params, restored._replace(anchor=anchor), later
+    return params, flax.serialization.from_state_dict(state, saved), later
+
+
+def go_on(tx, params, state):
+    for step in range(5, 10):
+        grads = jax.tree.map(lambda p, step=step: p - jnp.cos(step + p), params)
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    return params
+
+
+def assert_ends_there(got, expected):
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), got, expected
+    )
+
+
+@pytest.mark.parametrize("name", ["keep", "nesterov"])
+def test_a_checkpoint_of_the_first_release_goes_on_as_it_did(name):
+    params, state, later = from_release(name)
+    assert_ends_there(go_on(RELEASED_RUNS[name], params, state), later)
+
+
+def test_the_anchor_of_the_first_release_is_refused_with_a_recipe_that_works():
+    tx = RELEASED_RUNS["interpolate"]
+    params, state, later = from_release("interpolate")
+    with pytest.raises(ValueError, match="`anchor` must hold the trees") as refusal:
+        go_on(tx, params, state)
+    _, recipe = str(refusal.value).split("old form write `")
+    state = eval(
+        recipe.rstrip("`."), {"state": state, "jax": jax, "tx": tx, "params": params}
+    )
+    assert_ends_there(go_on(tx, params, state), later)

@@ -29,6 +29,57 @@ def test_k_below_one(k):
 
 
 @pytest.mark.parametrize(
+    "k",
+    [
+        2**31,
+        2**40,
+        2**63,
+        2**64,
+        np.uint32(2**31),
+        np.int64(2**40),
+        np.uint64(2**64 - 1),
+    ],
+)
+def test_k_beyond_int32(k):
+    message = (
+        "`k` must be an integer of at least 1 and at most 2147483647, got "
+        f"{int(k)}. Write `k=2147483647` never to sync."
+    )
+    for make in (lookahead, lambda inner, k: outer_loop(inner, optax.sgd(0.5), k)):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            make(optax.sgd(0.1), k=k)
+
+
+@pytest.mark.parametrize("k", [2**31 - 1, np.uint32(2**31 - 1), np.int64(2**31 - 1)])
+def test_the_largest_k_never_syncs(k):
+    tx = lookahead(optax.sgd(0.1), k)
+    state = tx.init(PARAMS)
+    for _ in range(3):
+        _, state = jax.jit(tx.update)(PARAMS, state, PARAMS)
+    assert (state.steps_since_sync, state.sync_count) == (3, 0)
+
+
+@pytest.mark.parametrize(
+    "dtype", ["int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"]
+)
+def test_k_of_every_integer_type_means_what_it_says(dtype):
+    tx = lookahead(optax.sgd(0.1), np.dtype(dtype).type(2))
+    state = tx.init(PARAMS)
+    for steps in (1, 0, 1, 0):
+        _, state = tx.update(PARAMS, state, PARAMS)
+        assert state.steps_since_sync == steps
+
+
+@pytest.mark.parametrize(
+    "k", [np.uint32(2**32 - 1), np.float32(3e10), np.float32(np.inf)]
+)
+def test_an_array_k_beyond_int32_never_syncs(k):
+    tx = lookahead(optax.sgd(0.1), jnp.asarray(k))
+    _, state = jax.jit(tx.update)(PARAMS, tx.init(PARAMS), PARAMS)
+    assert state.sync_count == 0
+
+
+@pytest.mark.parametrize(
     "k", [2.5, 5.0, True, np.bool_(True), np.float32(2.5), "5", None, [5]]
 )
 def test_k_of_the_wrong_kind(k):
