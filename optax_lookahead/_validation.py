@@ -352,7 +352,7 @@ def check_same_sync(axis_name: Any, sync: Any) -> int:
             "`jax.vmap` or `jax.pmap` with this `axis_name`."
         ) from error
     names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
-    varying = getattr(jax.typeof(sync), "vma", frozenset()) & set(names)
+    varying = varying_axes(sync) & set(names)
     if varying:
         raise ValueError(
             "`steps_since_sync` must be the same on all replicas, got one that varies "
@@ -402,6 +402,14 @@ def check_like(name: str, tree: Any, pseudo_grads: Any) -> list[Any]:
 def is_masked(node: Any) -> bool:
     """Returns whether this is what Optax puts where it hides a leaf."""
     return isinstance(node, optax.MaskedNode)
+
+
+def varying_axes(x: Any) -> frozenset[str]:
+    """Returns the axes of `jax.shard_map` over which JAX knows that `x` may differ."""
+    kind = jax.typeof(x)
+    # As newer versions of JAX call it, as older ones did, and nothing before that.
+    manual = getattr(kind, "manual_axis_type", None)
+    return getattr(manual, "varying", getattr(kind, "vma", frozenset()))
 
 
 def _check_number(name: str, value: Any, remedy: str) -> Any:

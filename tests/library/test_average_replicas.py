@@ -1,0 +1,514 @@
+"""Do many workers that talk once a cycle do what a loop over workers does?"""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from compiling import as_shipped
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from meshes import make_mesh
+from rows import dear_but
+
+from optax_lookahead import average_replicas, lookahead, outer_loop, slow_params
+
+R, SIZE = 4, 8
+TARGETS = np.random.default_rng(0).normal(size=(R, SIZE))
+NAME = "replica"
+
+
+# By hand: arrays with the replicas on the first axis, that change in loops.
+
+
+def momentum(rate, decay=0.9):
+    def step(g, memory):
+        memory["m"] = g + decay * memory.get("m", 0.0)
+        return -rate * memory["m"]
+
+    return step
+
+
+def adam(rate):
+    def step(g, memory):
+        t = memory["t"] = memory.get("t", 0) + 1
+        memory["m"] = 0.9 * memory.get("m", 0.0) + 0.1 * g
+        memory["v"] = 0.999 * memory.get("v", 0.0) + 0.001 * g**2
+        m, v = memory["m"] / (1 - 0.9**t), memory["v"] / (1 - 0.999**t)
+        return -rate * m / (np.sqrt(v) + 1e-8)
+
+    return step
+
+
+def nesterov(rate, decay):
+    def step(g, memory):
+        memory["m"] = g + decay * memory.get("m", 0.0)
+        return -rate * (g + decay * memory["m"])
+
+    return step
+
+
+def plain(rate):
+    return lambda g, memory: -rate * g
+
+
+INNERS = {
+    "adam": (optax.adam(0.1), adam(0.1)),
+    "momentum": (optax.sgd(0.05, momentum=0.9), momentum(0.05)),
+}
+OUTERS = {
+    "nesterov": (optax.sgd(0.7, momentum=0.9, nesterov=True), nesterov(0.7, 0.9)),
+    "heavy ball": (optax.sgd(0.7, momentum=0.5), momentum(0.7, 0.5)),
+    "plain": (optax.sgd(1.0), plain(1.0)),
+}
+NESTEROV = OUTERS["nesterov"][0]
+
+
+def workers(inner, outer, k, steps, start):
+    """Returns fast and slow weights of all replicas after every step."""
+    theta, phi, memory, outer_memory, visited = start.copy(), start.copy(), {}, {}, []
+    for i in range(1, steps + 1):
+        theta = theta + inner(theta - TARGETS, memory)
+        if i % k == 0:
+            phi = phi + outer(phi - theta.mean(0), outer_memory)
+            theta = phi.copy()
+        visited.append((theta, phi))
+    return visited
+
+
+def averaged(inner, outer, k, **options):
+    return outer_loop(inner, optax.chain(average_replicas(NAME), outer), k, **options)
+
+
+def one_step(tx):
+    def step(params, state, target):
+        grads = jax.tree.map(lambda p: p - target, params)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+def stacked(tx, params):
+    """Returns the state of replicas on a first axis, with one counter for all."""
+    state = jax.vmap(tx.init)(params)
+    return jax.tree.map(
+        lambda x, one: x if one.ndim else x[0], state, alone(tx, params)
+    )
+
+
+def alone(tx, params):
+    return jax.eval_shape(tx.init, jax.tree.map(lambda p: p[0], params))
+
+
+def axes(tx, params):
+    return jax.tree.map(lambda x: 0 if x.ndim else None, alone(tx, params))
+
+
+def by_vmap(tx, params, mesh=None):
+    where = axes(tx, params)
+    spmd = {} if mesh is None else {"spmd_axis_name": NAME}
+    return jax.vmap(one_step(tx), (0, where, 0), (0, where), axis_name=NAME, **spmd)
+
+
+def by_pmap(tx, params, mesh=None):
+    where = axes(tx, params)
+    return jax.pmap(one_step(tx), NAME, in_axes=(0, where, 0), out_axes=(0, where))
+
+
+def by_shard_map(tx, params, mesh, check_vma=True):
+    spec = jax.tree.map(lambda x: P(NAME) if x.ndim else P(), alone(tx, params))
+    step = one_step(tx)
+
+    def body(params, state, target):
+        def first(tree, like):
+            return jax.tree.map(lambda x, s: x[0] if s == P(NAME) else x, tree, like)
+
+        specs = jax.tree.map(lambda _: P(NAME), params)
+        params, state = step(first(params, specs), first(state, spec), target[0])
+        return jax.tree.map(
+            lambda x, s: x[None] if s == P(NAME) else x, (params, state), (specs, spec)
+        )
+
+    return jax.shard_map(
+        body,
+        mesh=mesh,
+        in_specs=(P(NAME), spec, P(NAME)),
+        out_specs=(P(NAME), spec),
+        axis_names={NAME},
+        check_vma=check_vma,
+    )
+
+
+MESHES = {"4": {NAME: R}, "4 x 2": {NAME: R, "fsdp": 2}}
+FORMS = {
+    "vmap": (by_vmap, None),
+    "spmd vmap": (by_vmap, "4"),
+    "spmd vmap, fsdp": (by_vmap, "4 x 2"),
+    "shard_map": (by_shard_map, "4"),
+    "shard_map, fsdp": (by_shard_map, "4 x 2"),
+    "shard_map, unchecked": (functools.partial(by_shard_map, check_vma=False), "4"),
+    "shard_map, fsdp, unchecked": (
+        functools.partial(by_shard_map, check_vma=False),
+        "4 x 2",
+    ),
+    "pmap": (by_pmap, None),
+}
+
+
+def placed(form, tx, params):
+    """Returns the step in a form, with parameters and state in their places."""
+    make, name = FORMS[form]
+    state = stacked(tx, params)
+    if name is None:
+        step = make(tx, params)
+        return step, params, state
+    axes = MESHES[name]
+    size = int(np.prod(list(axes.values())))
+    mesh = make_mesh(axes, AxisType.Auto, jax.devices()[:size])
+
+    def place(x, one):
+        spec = P(*axes) if one.ndim else P()
+        return jax.device_put(x, NamedSharding(mesh, spec))
+
+    like = alone(tx, params)
+    params = jax.tree.map(
+        lambda x: place(x, jax.ShapeDtypeStruct(x.shape[1:], x.dtype)), params
+    )
+    state = jax.tree.map(place, state, like)
+    return make(tx, params, mesh), params, state
+
+
+def run(form, tx, start, steps, targets=TARGETS):
+    step, params, state = placed(form, tx, {"w": jnp.asarray(start)})
+    step, visited = step if form == "pmap" else jax.jit(step), []
+    for _ in range(steps):
+        params, state = step(params, state, jnp.asarray(targets))
+        visited.append((np.asarray(params["w"]), np.asarray(state.slow_params["w"])))
+    return visited, params, state
+
+
+def assert_follows(visited, expected, k):
+    for i, ((p, phi), (theta, slow)) in enumerate(zip(visited, expected, strict=True)):
+        np.testing.assert_allclose(p, theta, rtol=1e-12, atol=1e-12)
+        if (i + 1) % k == 0:
+            np.testing.assert_allclose(phi, slow, rtol=1e-12, atol=1e-12)
+
+
+START = np.tile(np.random.default_rng(1).normal(size=SIZE), (R, 1))
+
+
+@pytest.mark.parametrize("k", [1, 3, 7])
+@pytest.mark.parametrize("outer", OUTERS)
+@pytest.mark.parametrize("inner", INNERS)
+def test_it_is_the_loop_over_workers(x64, inner, outer, k):
+    tx = averaged(INNERS[inner][0], OUTERS[outer][0], k)
+    expected = workers(INNERS[inner][1], OUTERS[outer][1], k, 2 * k + 1, START)
+    assert_follows(run("vmap", tx, START, 2 * k + 1)[0], expected, k)
+
+
+@pytest.mark.parametrize(
+    "form", dear_but(["shard_map, fsdp", "spmd vmap, fsdp"], list(FORMS))
+)
+def test_it_is_so_in_every_form_and_with_sharded_replicas(x64, form):
+    tx = averaged(INNERS["adam"][0], NESTEROV, 3)
+    expected = workers(INNERS["adam"][1], OUTERS["nesterov"][1], 3, 7, START)
+    assert_follows(run(form, tx, START, 7)[0], expected, 3)
+
+
+def computations(text):
+    """Returns the lines of each computation in a compiled program, by its name."""
+    found, name = {}, None
+    for line in text.splitlines():
+        head = re.match(r"(?:ENTRY )?%?([\w.\-]+) .*\{$", line)
+        if head and not line.startswith(" "):
+            name = "ENTRY" if line.startswith("ENTRY") else head[1]
+            found[name] = []
+        elif name:
+            found[name].append(line)
+    return found
+
+
+COLLECTIVE = r" (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)"
+
+
+def collectives(form, tx):
+    """Returns how many each computation has, and which computations are branches."""
+    step, params, state = placed(form, tx, {"w": jnp.asarray(np.tile(START, 16))})
+    step = step if form == "pmap" else as_shipped(step)
+    text = step.lower(params, state, jnp.ones((R, 1))).compile().as_text()
+    found = computations(text)
+    named = re.findall(
+        r"(?:branch_computations=\{([^}]*)|_computation=([^,\s]*))", text
+    )
+    branches = set(re.findall(r"[\w.\-]+", " ".join(map(" ".join, named))))
+    counts = {
+        name: sum(bool(re.search(COLLECTIVE + r"(-start)?\(", line)) for line in lines)
+        for name, lines in found.items()
+    }
+    return {name: n for name, n in counts.items() if n}, branches
+
+
+@pytest.mark.parametrize(
+    "form",
+    dear_but(
+        ["shard_map, fsdp", "spmd vmap, fsdp", "pmap"],
+        [f for f in FORMS if f != "vmap"],
+    ),
+)
+def test_what_replicas_say_to_each_other_stands_in_one_branch(form):
+    tx = averaged(optax.adam(0.1), NESTEROV, 3)
+    found, branches = collectives(form, tx)
+    assert found, "the measure sees the collective"
+    # One branch of two: the step that does not sync has none.
+    (name,) = found
+    assert name in branches
+    without, _ = collectives(form, outer_loop(optax.adam(0.1), NESTEROV, 3))
+    assert not without
+
+
+@pytest.mark.parametrize(
+    ("dtype", "slow_dtype", "bound"),
+    [("bfloat16", None, 2e-2), ("float32", None, 1e-6), ("bfloat16", "float32", 2e-3)],
+)
+def test_over_a_thousand_syncs_replicas_stay_a_rounding_apart(dtype, slow_dtype, bound):
+    tx = averaged(
+        optax.sgd(0.05), optax.sgd(0.9, momentum=0.5), 1, slow_dtype=slow_dtype
+    )
+    params = jnp.asarray(START, dtype)
+    state = stacked(tx, params)
+    step = jax.vmap(
+        one_step(tx), (0, axes(tx, params), 0), (0, axes(tx, params)), axis_name=NAME
+    )
+    targets = jnp.asarray(TARGETS, dtype)
+
+    def body(carry, i):
+        noise = jax.random.normal(jax.random.key(i), (R, SIZE), jnp.float32)
+        carry = step(*carry, targets + noise.astype(dtype))
+        return carry, carry[1].slow_params
+
+    _, slow = jax.jit(lambda c: jax.lax.scan(body, c, jnp.arange(1000)))(
+        (params, state)
+    )
+    slow = np.asarray(slow, np.float32)
+    spread = np.max(slow.max(1) - slow.min(1), axis=1) / np.max(np.abs(slow))
+    assert np.max(spread) < bound
+    # And it does not grow.
+    assert np.mean(spread[-100:]) < 3 * np.mean(spread[100:200]) + 1e-9
+
+
+def test_replicas_that_start_apart_come_together(x64):
+    start = np.random.default_rng(2).normal(size=(R, SIZE))
+    tx = averaged(optax.sgd(0.05), optax.sgd(0.7), 2)
+    visited, _, _ = run("vmap", tx, start, 24)
+    spread = [np.max(phi.max(0) - phi.min(0)) for _, phi in visited]
+    assert spread[0] > 1.0
+    np.testing.assert_allclose(spread[-1], spread[0] * 0.3**12, rtol=1e-6)
+
+
+@pytest.mark.parametrize("slow_dtype", [None, "float32"])
+def test_one_replica_is_the_outer_loop_bit_for_bit(slow_dtype):
+    dtype = "float32" if slow_dtype is None else "bfloat16"
+    params = jnp.asarray(START[:1], dtype)
+    visited = []
+    for tx in (
+        averaged(optax.adam(0.1), NESTEROV, 2, slow_dtype=slow_dtype),
+        outer_loop(optax.adam(0.1), NESTEROV, 2, slow_dtype=slow_dtype),
+    ):
+        step = jax.jit(by_vmap(tx, params))
+        carry = params, stacked(tx, params)
+        for _ in range(6):
+            carry = step(*carry, jnp.asarray(TARGETS[:1], dtype))
+        params_, state = carry
+        visited.append((params_, state.slow_params, state.outer_state[-1]))
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        jax.tree.leaves(visited[0])[:2],
+        jax.tree.leaves(visited[1])[:2],
+    )
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("slow_dtype", [None, "float32"])
+def test_what_is_not_finite_on_a_replica_is_left_out_there(x64, bad, slow_dtype):
+    dtype = np.float64 if slow_dtype is None else np.float32
+    tx = averaged(optax.sgd(0.1), optax.sgd(0.7, momentum=0.5), 2)
+    params = {"w": jnp.asarray(START, dtype)}
+    state = stacked(tx, params)
+    step = jax.jit(by_vmap(tx, params))
+    theta, phi, m = START.copy(), START.copy(), np.zeros(SIZE)
+    for i in range(1, 9):
+        targets = TARGETS.copy()
+        if i == 3:
+            targets[1, 2] = bad  # one replica, one element
+            targets[:, 5] = bad  # all replicas
+        params, state = step(params, state, jnp.asarray(targets, dtype))
+        with np.errstate(all="ignore"):
+            theta = theta - 0.1 * (theta - targets)
+        if i % 2 == 0:
+            with np.errstate(all="ignore"):
+                ok = np.isfinite(theta)
+                n = ok.sum(0)
+                mean = np.where(ok, theta, 0).sum(0) / np.maximum(n, 1)
+                new_m = (phi - mean) + 0.5 * m
+                m = np.where(n > 0, new_m, m)
+                phi = np.where(n > 0, phi - 0.7 * new_m, phi)
+                theta = np.where(ok, phi, theta)
+            slow = slow_params(state, params)["w"] if i < 0 else state.slow_params["w"]
+            np.testing.assert_allclose(slow, phi, rtol=1e-5)
+            np.testing.assert_allclose(params["w"], theta, rtol=1e-5)
+            np.testing.assert_allclose(
+                state.outer_state[1][0].trace["w"], m, rtol=1e-5, atol=1e-7
+            )
+            assert np.all(np.isfinite(slow))
+        if i == 6:  # the loop repairs its parameters
+            repaired = jnp.where(
+                jnp.isfinite(params["w"]), params["w"], state.slow_params["w"]
+            )
+            params, theta = {"w": repaired}, np.where(np.isfinite(theta), theta, phi)
+    assert np.all(np.isfinite(params["w"]))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_the_mean_does_not_overflow_where_the_sum_would(dtype):
+    large = 0.9 * float(jnp.finfo(dtype).max)
+    tx = averaged(optax.identity(), optax.sgd(1.0), 1)
+    params = jnp.full((R, 2), large, dtype)
+    step = by_vmap(tx, params)
+    params, _ = step(params, stacked(tx, params), jnp.asarray(params))
+    np.testing.assert_array_equal(params, jnp.full((R, 2), large, dtype))
+
+
+def test_outside_an_outer_loop_it_is_refused_with_the_remedy():
+    tx = optax.chain(average_replicas(NAME), optax.sgd(0.5))
+    message = "Write `outer_loop(inner, average_replicas(axis_name), k)`."
+    with pytest.raises(ValueError, match=re.escape(message)):
+        tx.update(jnp.ones(2), tx.init(jnp.ones(2)), jnp.ones(2))
+
+
+def test_an_axis_that_is_not_mapped_is_refused_with_the_remedy():
+    tx = averaged(optax.sgd(0.1), optax.sgd(1.0), 2)
+    params = jnp.ones(2)
+    with pytest.raises(ValueError, match=r"`axis_name` must be an axis that is mapped"):
+        tx.update(params, tx.init(params), params)
+
+
+@pytest.mark.parametrize("axis_name", [None, 0, (), ("a", 1), ["a"]])
+def test_an_axis_name_that_is_none_is_refused(axis_name):
+    with pytest.raises(TypeError, match="`axis_name` must be the name of an axis"):
+        average_replicas(axis_name)
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 7), reason="JAX 0.6 tells it to nobody")
+def test_counters_that_may_differ_between_replicas_are_refused():
+    tx = averaged(optax.sgd(0.1), optax.sgd(1.0), 2)
+    mesh = make_mesh({NAME: R}, AxisType.Auto, jax.devices()[:R])
+    state = tx.init(jnp.ones(2))
+
+    def body(params, state, counter):
+        state = state._replace(steps_since_sync=counter[0])
+        return tx.update(params[0], state, params[0])[0][None]
+
+    step = jax.shard_map(
+        body, mesh=mesh, in_specs=(P(NAME), P(), P(NAME)), out_specs=P(NAME)
+    )
+    with pytest.raises(ValueError, match="must be the same on all replicas"):
+        step(jnp.ones((R, 2)), state, jnp.zeros(R, jnp.int32))
+
+
+def test_several_axes_are_averaged_over_together(x64):
+    outer = optax.chain(average_replicas(("a", "b")), optax.sgd(1.0))
+    tx = outer_loop(optax.sgd(0.1), outer, 1)
+    start, targets = START.reshape(2, 2, SIZE), TARGETS.reshape(2, 2, SIZE)
+    where = jax.tree.map(lambda x: 0 if x.ndim else None, tx.init(jnp.ones(SIZE)))
+    step = one_step(tx)
+    for name in "ba":
+        step = jax.vmap(step, (0, where, 0), (0, where), axis_name=name)
+    state = tx.init(jnp.asarray(START[0]))
+    state = jax.tree.map(
+        lambda x: jnp.broadcast_to(x, (2, 2, *x.shape)) if x.ndim else x, state
+    )
+    params, _ = step(jnp.asarray(start), state, jnp.asarray(targets))
+    expected = (start - 0.1 * (start - targets)).mean((0, 1))
+    np.testing.assert_allclose(
+        params, np.broadcast_to(expected, start.shape), rtol=1e-12
+    )
+
+
+def test_some_parameters_can_stay_each_replicas_own(x64):
+    outer = optax.partition(
+        {
+            "all": optax.chain(average_replicas(NAME), optax.sgd(1.0)),
+            "own": optax.sgd(1.0),
+        },
+        {"shared": "all", "own": "own"},
+    )
+    tx = outer_loop(optax.sgd(0.1), outer, 2)
+    params = {"shared": jnp.asarray(START), "own": jnp.asarray(START)}
+    step, carry = by_vmap(tx, params), (params, stacked(tx, params))
+    for _ in range(2):
+        carry = step(*carry, jnp.asarray(TARGETS))
+    params, _ = carry
+    own = TARGETS + 0.81 * (START - TARGETS)
+    np.testing.assert_allclose(params["own"], own, rtol=1e-12)
+    np.testing.assert_allclose(
+        params["shared"], np.tile(own.mean(0), (R, 1)), rtol=1e-12
+    )
+
+
+INSIDE = {
+    "reset": {"inner": optax.adam(0.1), "inner_state": "reset"},
+    "a function": {"inner": optax.adam(0.1), "inner_state": lambda state, fresh: fresh},
+    "lookahead": {"inner": lookahead(optax.sgd(0.1), 2, 0.5)},
+    "MultiSteps": {
+        "inner": optax.MultiSteps(optax.sgd(0.1), 2).gradient_transformation()
+    },
+}
+
+
+@pytest.mark.parametrize("name", INSIDE)
+def test_it_averages_what_the_replicas_alone_would_have_got_to(x64, name):
+    options = dict(INSIDE[name])
+    inner = options.pop("inner")
+    tx = averaged(inner, optax.sgd(1.0), 4, **options)
+    visited, _, state = run("vmap", tx, START, 4)
+    inner = optax.with_extra_args_support(inner)
+    ends = []
+    for start, target in zip(START, TARGETS, strict=True):
+        p, s = jnp.asarray(start), inner.init(jnp.asarray(start))
+        for _ in range(4):
+            u, s = inner.update(p - target, s, p)
+            p = optax.apply_updates(p, u)
+        ends.append(p)
+    mean = np.tile(np.mean(ends, 0), (R, 1))
+    np.testing.assert_allclose(visited[-1][0], mean, rtol=1e-12, atol=1e-12)
+    if name in ("reset", "a function"):
+        assert all(not np.any(x) for x in jax.tree.leaves(state.fast_state))
+
+
+def test_complex_weights_are_averaged_and_discrete_ones_are_each_replicas_own(x64):
+    tx = averaged(optax.sgd(0.5), optax.sgd(1.0), 1)
+    params = {
+        "z": jnp.asarray(START[:, :2] + 1j * START[:, 2:4]),
+        "n": jnp.arange(R),
+    }
+    state = stacked(tx, params)
+    where = axes(tx, params)
+
+    def step(params, state, target):
+        grads = {"z": params["z"] - target, "n": jnp.zeros_like(params["n"])}
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    # The count of a replica is a scalar on each, and a parameter, not a counter.
+    where = where._replace(slow_params={"z": 0, "n": 0})
+    state = state._replace(slow_params={**state.slow_params, "n": jnp.arange(R)})
+    step = jax.vmap(step, (0, where, 0), (0, where), axis_name=NAME)
+    target = TARGETS[:, :2] + 1j * TARGETS[:, 2:4]
+    new, state = step(params, state, jnp.asarray(target))
+    mean = (params["z"] - 0.5 * (params["z"] - target)).mean(0)
+    np.testing.assert_allclose(new["z"], np.tile(mean, (R, 1)), rtol=1e-12)
+    np.testing.assert_array_equal(new["n"], np.arange(R))
+    np.testing.assert_array_equal(state.slow_params["n"], np.arange(R))
