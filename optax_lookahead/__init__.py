@@ -16,9 +16,9 @@ True
 import importlib.metadata
 
 from ._average import average_replicas as average_replicas
+from ._curvature import adam_curvature as adam_curvature
 from ._line_minimum import (
     LineMinimumState as LineMinimumState,
-    adam_curvature as adam_curvature,
     line_minimum as line_minimum,
 )
 from ._lookahead import lookahead as lookahead, outer_loop as outer_loop

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from ._state import AverageReplicasState, FastSide, is_finite
-from ._validation import check_axis, check_fast, check_same_sync
+from ._validation import check_fast, varying_axes
 
 
 def average_replicas(
@@ -82,7 +82,7 @@ def average_replicas(
       Rabbat, `SlowMo <https://arxiv.org/abs/1910.00643>`_, 2019, Algorithm 1. Douillard
       et al., `DiLoCo <https://arxiv.org/abs/2311.08105>`_, 2023, Algorithm 1.
     """
-    check_axis(axis_name)
+    _check_axis(axis_name)
 
     def init_fn(params: optax.Params) -> AverageReplicasState:
         del params
@@ -98,7 +98,7 @@ def average_replicas(
     ) -> tuple[optax.Updates, AverageReplicasState]:
         del extra_args
         check_fast(fast, FastSide, "average_replicas(axis_name)")
-        replicas = check_same_sync(axis_name, fast.sync)
+        replicas = _check_same_sync(axis_name, fast.sync)
         if replicas == 1:
             return updates, state
         finite = _like(updates, fast.finite)
@@ -154,3 +154,38 @@ def _means(thetas: Any, axis_name: Any, replicas: int) -> Any:
         return jnp.where(True, jnp.where(count > 0, total * share, jnp.inf), theta)
 
     return jax.tree.map(mean, sums, counts, thetas)
+
+
+def _check_axis(axis_name: Any) -> None:
+    """Raises unless this can be the name of a mapped axis, or several."""
+    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    if not names or not all(isinstance(name, str) for name in names):
+        raise TypeError(
+            "`axis_name` must be the name of an axis or a tuple of names, got "
+            f"{axis_name!r}. Write for example `average_replicas('replica')`."
+        )
+
+
+def _check_same_sync(axis_name: Any, sync: Any) -> int:
+    """Returns the number of replicas, and raises unless they sync together.
+
+    As far as JAX knows: under `jax.shard_map` with `check_vma=True` it does.
+    """
+    try:
+        replicas = jax.lax.psum(1, axis_name)
+    except NameError as error:
+        raise ValueError(
+            f"`axis_name` must be an axis that is mapped around `update`, got "
+            f"{axis_name!r}, which is not. Call `update` inside `jax.shard_map`, or "
+            "`jax.vmap` or `jax.pmap` with this `axis_name`."
+        ) from error
+    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    varying = varying_axes(sync) & set(names)
+    if varying:
+        raise ValueError(
+            "`steps_since_sync` must be the same on all replicas, got one that varies "
+            f"over {sorted(varying)}. Write `P()` for it in the `in_specs` and "
+            "`out_specs` of `jax.shard_map`, and take out any wrapper that decides on "
+            "each replica whether to step."
+        )
+    return replicas

@@ -7,19 +7,12 @@ import jax.numpy as jnp
 import optax
 
 from . import _inner_state
+from ._agreement import check_arrays, check_params, check_unstacked
 from ._compiler import start_after_moments
 from ._slow_step import SlowStep
 from ._slow_weights import set_out
 from ._state import FastSide, LookaheadState, copy
-from ._validation import (
-    check_arrays,
-    check_k,
-    check_params,
-    check_slow_dtype,
-    check_transformation,
-    check_unstacked,
-    check_wide,
-)
+from ._validation import check_k, check_slow_dtype, check_transformation, check_wide
 
 
 def cycles(

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ._results import check_inner_result
 from ._state import LookaheadState, copy, is_inexact, select
-from ._validation import check_anchor, check_inner_result, uninterpolable
+from ._validation import check_anchor, uninterpolable
 
 InnerState = (
     Literal["keep", "reset", "interpolate"]

@@ -1,24 +1,18 @@
 """A slow step that is chosen at every sync, from the curvature along it."""
 
-import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
+from ._line import least, slope_and_curve, sum_dtype
+from ._results import check_like, is_masked
 from ._state import FastSide
-from ._validation import (
-    check_adam_curvature,
-    check_alpha_range,
-    check_curvature,
-    check_fast,
-    check_grad_fn,
-    check_like,
-    check_one_adam,
-    is_masked,
-)
+from ._validation import check_fast, check_number, describe_path, varying_axes
 
 
 class LineMinimumState(NamedTuple):
@@ -57,9 +51,17 @@ def line_minimum(
     has no minimum, as d.A d <= 0, the better one of the two bounds is taken, at
     d = 0 `max_alpha`; where g.d or d.A d is not finite, `min_alpha`.
 
-    g.d and d.A d are sums over all parameters, in float32 or wider. They are computed
-    in every step, and where the parameters are split over devices, each step adds
-    them up across devices: an all-reduce of a few scalars.
+    g.d and d.A d are sums over all parameters, in float32 or wider, computed at a sync
+    only (under `jax.vmap`, in every step). Where the parameters are split over devices,
+    they are added up across devices: an all-reduce of a few scalars.
+
+    What `update` is given counts as the gradient. Where it is another thing, pass the
+    gradient as the extra argument `grad`, of the mean loss at the parameters in hand:
+    with a scaled loss, with gradients that a link before `outer_loop` has clipped, or
+    under `jax.pmap` and `jax.shard_map` with a mean over devices inside `inner`. Of
+    these, gradients of another shape are refused, such as one for each example, and
+    those that JAX knows to differ between devices; `jax.pmap` does not know, and there
+    the devices would part.
 
     Args:
       curvature: A function from the state of the inner optimizer, after the step that
@@ -75,17 +77,20 @@ def line_minimum(
     Returns:
       A `GradientTransformationExtraArgs` whose state is a `LineMinimumState`: after a
       sync, `state.outer_state.alpha` is the step size that was taken. The `update`
-      around it takes an optional argument `grad_fn`, a function from parameters to
-      gradients, which is called at theta and only at a sync: one more gradient in k
-      steps (under `jax.vmap`, in every step). Its parameters have the dtypes of the
-      slow weights, with `optax.MaskedNode` for leaves that are neither floating nor
-      complex.
+      around it takes two optional arguments: `grad`, the gradient at the parameters
+      in hand, as Optax's line searches take it, in place of what `inner` is given; and
+      `grad_fn`, a function from parameters to gradients, which wins over it. It is
+      called at theta and only at a sync: one more gradient in k steps (under
+      `jax.vmap`, in every step). Its parameters have the dtypes of the slow weights,
+      with `optax.MaskedNode` for leaves that are neither floating nor complex. In a
+      dict `outer_args` either reaches `line_minimum` alone.
 
     Raises:
       TypeError: If `curvature` is not callable, or a static bound no real number.
       ValueError: If static bounds are not finite or not in order, or either is an array
-        that is not a scalar. `update` raises it outside an `outer_loop`, or if
-        `curvature` or `grad_fn` returns another tree or other shapes.
+        that is not a scalar. `update` raises it outside an `outer_loop`, if the
+        gradients have other shapes than the parameters or differ between devices where
+        those do not, or if `curvature` or `grad_fn` returns another tree or shapes.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
@@ -110,11 +115,11 @@ def line_minimum(
       <https://arxiv.org/abs/1907.08610>`_, 2019, Proposition 1, which has the
       minimiser theta - A^-1 g of the model in place of g.
     """
-    check_curvature(curvature)
-    check_alpha_range(min_alpha, max_alpha)
+    _check_curvature(curvature)
+    _check_alpha_range(min_alpha, max_alpha)
 
     def init_fn(params: optax.Params) -> LineMinimumState:
-        return LineMinimumState(jnp.ones([], _dtype(params)))
+        return LineMinimumState(jnp.ones([], sum_dtype(params)))
 
     def update_fn(
         updates: optax.Updates,
@@ -122,142 +127,118 @@ def line_minimum(
         params: Any = None,
         *,
         fast: Any = None,
+        grad: Any = None,
         grad_fn: Callable[[Any], Any] | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, LineMinimumState]:
         del state, extra_args
         check_fast(fast, FastSide, "line_minimum(curvature)")
-        line = functools.partial(_line, updates, fast, curvature, _dtype(params))
-        if grad_fn is None:
-            slope, curve = line(None)
-        else:
-            check_grad_fn(grad_fn)
+        given = _given_grads(updates, fast, grad)
+        if grad_fn is not None:
+            _check_grad_fn(grad_fn)
 
-            def at_a_sync():
-                # Only scalars leave the branch: XLA copies what passes through it.
-                return line(grad_fn(optax.tree.sub(params, updates)))
+        def at_a_sync() -> tuple[jax.Array, jax.Array]:
+            # Only scalars leave the branch: XLA copies what passes through it.
+            grads = given
+            if grad_fn is not None:
+                theta = optax.tree.sub(params, updates)
+                grads = check_like("grad_fn", grad_fn(theta), updates)
+            diagonal = check_like("curvature", curvature(fast.state), updates)
+            steps = _like(updates, fast.updates)
+            sums = slope_and_curve(
+                updates, steps, grads, diagonal, is_at_theta=grad_fn is not None
+            )
+            _check_same_on_devices(sums, updates)
+            return sums
 
-            # This one choice is not made by `where`, since that costs a gradient.
-            zero = jnp.zeros([], _dtype(params))
-            slope, curve = jax.lax.cond(fast.sync, at_a_sync, lambda: (zero, zero))
-        alpha = _least(slope, curve, min_alpha, max_alpha)
+        slope, curve = _only_at(fast.sync, at_a_sync, updates)
+        alpha = least(slope, curve, min_alpha, max_alpha)
         updates = jax.tree.map(lambda g: jnp.asarray(-alpha * g, g.dtype), updates)
         return updates, LineMinimumState(alpha)
 
-    # As in `_transform.py`.
+    # As in `_cycle.py`.
     return optax.GradientTransformationExtraArgs(
         init_fn,
         update_fn,  # pyright: ignore[reportArgumentType]
     )
 
 
-def adam_curvature(
-    b2: jax.typing.ArrayLike = 0.999, power: jax.typing.ArrayLike = 1.0
-) -> Callable[[optax.OptState], Any]:
-    """Returns a curvature for `line_minimum` from the second moment that Adam keeps.
-
-    With nu the moving average of the squared gradients, and t the steps in it::
-
-        A = (nu / (1 - b2^t)) ** power
-
-    At `power=1` this is the diagonal of the empirical Fisher matrix, up to the size of
-    the batch; at `power=0.5` what Adam divides by. Neither knows the scale of the true
-    curvature. For another one, or another optimizer, write the function yourself: for
-    example, at learning rate r Adam's step is a Newton step of the curvature
-    `adam_curvature(power=0.5)(state)` divided by r.
-
-    Args:
-      b2: Decay rate of nu, the one given to Adam, in [0, 1). Also a float scalar array
-        or tracer, whose value is not checked.
-      power: Positive exponent, without unit. Also an array or tracer, likewise.
-
-    Returns:
-      A function from an optimizer state with one `optax.ScaleByAdamState` at any depth
-      (of `optax.adam`, `adamw`, `nadam`, `lamb`) to a tree like the parameters,
-      in float32 or wider.
-
-    Raises:
-      TypeError: If a static `b2` or `power` is no real number.
-      ValueError: If a static `b2` or `power` is out of range. The function raises it
-        if the state holds no state of Adam or several.
-
-    Examples:
-      >>> import jax.numpy as jnp, optax
-      >>> from optax_lookahead import adam_curvature
-      >>> tx = optax.adam(0.1, b2=0.99)
-      >>> _, state = tx.update(jnp.array([1.0, 3.0]), tx.init(jnp.zeros(2)))
-      >>> print(jnp.round(adam_curvature(b2=0.99)(state), 4))
-      [1. 9.]
-
-    References:
-      Zhang, Lucas, Hinton, Ba, `Lookahead Optimizer: k steps forward, 1 step back
-      <https://arxiv.org/abs/1907.08610>`_, 2019, section 2.1. Kingma, Ba, `Adam
-      <https://arxiv.org/abs/1412.6980>`_, 2015.
-    """
-    check_adam_curvature(b2, power)
-
-    def curvature(state: optax.OptState) -> Any:
-        def is_adam(node: Any) -> bool:
-            return isinstance(node, optax.ScaleByAdamState)
-
-        # Not `optax.tree.get(state, "nu")`, which does not know whose count it needs.
-        found = [x for x in jax.tree.leaves(state, is_leaf=is_adam) if is_adam(x)]
-        adam = check_one_adam(found)
-        nu = jax.tree.map(lambda v: jnp.real(jnp.asarray(v, _wide(v))), adam.nu)
-        nu = optax.tree.bias_correction(nu, b2, adam.count)
-        return jax.tree.map(lambda v: v**power, nu)
-
-    return curvature
+def _only_at(sync: Any, sums: Callable[[], Any], updates: Any) -> Any:
+    """Returns the sums at a sync, and zeros on other steps, without computing any."""
+    zero = jnp.zeros([], sum_dtype(updates))
+    for g in jax.tree.leaves(updates):
+        if varying_axes(g):  # As varying as the sums, or JAX refuses the branches.
+            zero = jnp.where(True, zero, jnp.sum(g.real.ravel()[:1]).astype(zero.dtype))
+    if not isinstance(sync, Tracer):
+        return sums() if sync else (zero, zero)
+    # This one choice is not made by `where`: the sums read all that there is.
+    return jax.lax.cond(sync, sums, lambda: (zero, zero))
 
 
-def _line(
-    pseudo_grads: Any, fast: Any, curvature: Any, dtype: Any, grads_at_theta: Any
-) -> tuple[jax.Array, jax.Array]:
-    """Returns g.d and d.A d, with the gradient by the model if there is none."""
-    # With the hidden leaves as leaves: in the other trees they are not hidden.
-    gs, treedef = jax.tree.flatten(pseudo_grads, is_leaf=is_masked)
-    grads, steps = map(treedef.flatten_up_to, (fast.grads, fast.updates))
-    diagonal = check_like("curvature", curvature(fast.state), pseudo_grads)
-    if grads_at_theta is not None:
-        grads = check_like("grad_fn", grads_at_theta, pseudo_grads)
-
-    slope = curve = jnp.zeros([], dtype)
-    for h, g, u, a in zip(gs, grads, steps, diagonal, strict=True):
-        if is_masked(h) or u is None:  # Equinox's way of saying that it stays.
-            continue
-        h, g, u = (jnp.asarray(x, _wide(h)) for x in (h, g, u))
-        a = jnp.asarray(a, jnp.finfo(h.dtype).dtype)
-        if grads_at_theta is None:
-            g = g + a * u
-        slope -= _dot(g, h).astype(dtype)
-        curve += _dot(h, a * h).astype(dtype)
-    return slope, curve
+def _like(updates: Any, tree: Any) -> list[Any]:
+    """Returns the leaves of a tree for each pseudo-gradient, hidden or not."""
+    return jax.tree.structure(updates, is_leaf=is_masked).flatten_up_to(tree)
 
 
-def _least(slope, curve, min_alpha, max_alpha):
-    """Returns the alpha in its bounds at which the model of the loss is least."""
-    convex = curve > 0
-    # Divided where it is defined only, so that `jax_debug_nans` has nothing to find.
-    newton = 1 - slope / jnp.where(convex, curve, 1)
-    # Of a line, or a parabola that opens downwards, one of the ends.
-    rise = slope + curve * ((min_alpha + max_alpha) / 2 - 1)
-    end = jnp.where(rise <= 0, max_alpha, min_alpha)
-    alpha = jnp.where(convex, jnp.clip(newton, min_alpha, max_alpha), end)
-    finite = jnp.isfinite(slope) & jnp.isfinite(curve)
-    return jnp.where(finite, alpha, min_alpha).astype(slope.dtype)
+def _given_grads(updates: Any, fast: FastSide, grad: Any) -> list[Any]:
+    """Returns the gradients of the last inner step, as far as they can be told."""
+    grads = _like(updates, fast.grads if grad is None else grad)
+    leaves = jax.tree.leaves_with_path(updates, is_leaf=is_masked)
+    for (path, h), g in zip(leaves, grads, strict=True):
+        if not is_masked(h) and g is not None and jnp.shape(g) != jnp.shape(h):
+            raise ValueError(
+                "`updates` must be gradients with the shapes of the parameters, got "
+                f"shape {jnp.shape(g)} at {describe_path(path)}, where they have "
+                f"{jnp.shape(h)}. Tell `line_minimum` the gradient: "
+                "`update(updates, state, params, grad=grads)`."
+            )
+    return grads
 
 
-def _dot(x, y):
-    if jnp.iscomplexobj(y):
-        return jnp.sum(x.real * y.real + x.imag * y.imag)
-    return jnp.sum(x * y)
+def _check_same_on_devices(sums: Any, updates: Any) -> None:
+    """Raises if devices with the same parameters would take different steps."""
+    varying = varying_axes(sums[0]) | varying_axes(sums[1])
+    known = [varying_axes(g) for g in jax.tree.leaves(updates)]
+    varying = varying.difference(*known)
+    if varying:
+        raise ValueError(
+            "`updates` must be the gradient of the whole batch, got one that varies "
+            f"over {sorted(varying)}, where the parameters do not. Tell `line_minimum` "
+            "the mean: `update(updates, state, params, grad=jax.lax.pmean(grads, "
+            "axis_name))`."
+        )
 
 
-def _wide(x: Any) -> Any:
-    return jnp.promote_types(jnp.result_type(x), jnp.float32)
+def _check_curvature(curvature: Any) -> None:
+    """Raises unless `curvature` can be called."""
+    if not callable(curvature):
+        raise TypeError(
+            "`curvature` must be a function from the inner optimizer's state to a tree "
+            f"like the parameters, got {curvature!r}. Write for example "
+            "`line_minimum(adam_curvature())`."
+        )
 
 
-def _dtype(params: Any) -> Any:
-    """Returns the dtype of the sums: float32, or the widest of the parameters."""
-    leaves = jax.tree.leaves(params)
-    return jnp.finfo(jnp.result_type(jnp.float32, *leaves)).dtype
+def _check_alpha_range(min_alpha: Any, max_alpha: Any) -> None:
+    """Raises unless the bounds are in order, as far as they are static."""
+    bounds = [
+        check_number(name, value, "Write for example `min_alpha=0.2, max_alpha=1.0`.")
+        for name, value in (("min_alpha", min_alpha), ("max_alpha", max_alpha))
+    ]
+    known = [value for value in bounds if value is not None]
+    in_order = known == sorted(known)
+    if not (in_order and all(0 <= value < math.inf for value in known)):  # NaN too
+        raise ValueError(
+            "`min_alpha` and `max_alpha` must be finite with 0 <= min_alpha <= "
+            f"max_alpha, got {min_alpha!r} and {max_alpha!r}. Write for example "
+            "`min_alpha=0.2, max_alpha=1.0`."
+        )
+
+
+def _check_grad_fn(grad_fn: Any) -> None:
+    """Raises unless `grad_fn` can be called."""
+    if not callable(grad_fn):
+        raise TypeError(
+            "`grad_fn` must be a function from parameters to gradients, got "
+            f"{grad_fn!r}. Write for example `grad_fn=jax.grad(loss)`."
+        )

@@ -8,9 +8,10 @@ import optax
 from jax.flatten_util import ravel_pytree
 from jax.tree_util import all_leaves
 
+from ._agreement import check_leaf, check_unstacked
 from ._slow_weights import phi_of_cycle
 from ._state import LookaheadState, copy, is_finite, is_inexact
-from ._validation import check_leaf, check_unstacked, describe_path
+from ._validation import describe_path
 
 
 def slow_params(

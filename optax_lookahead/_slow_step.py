@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ._results import check_outer_result
 from ._state import (
     AverageReplicasState,
     FastSide,
@@ -16,7 +17,7 @@ from ._state import (
     is_inexact,
     select,
 )
-from ._validation import check_outer_args, check_outer_result, check_reserved
+from ._validation import check_outer_args, check_reserved
 
 
 class SlowStep(NamedTuple):

@@ -569,3 +569,131 @@ def test_the_state_is_found_and_pickled_by_its_public_name():
     assert LineMinimumState.__module__ == "optax_lookahead"
     assert TX.init(START).outer_state == LineMinimumState(1.0)
     assert float(optax.tree.get(TX.init(START), "alpha")) == 1.0
+
+
+HESSIAN = jnp.array([2.0, 8.0])
+
+
+def taken(inner, given, transform=lambda f: f, **told):
+    """Returns the alpha of a cycle of three, for gradients of another kind."""
+    tx = outer_loop(inner, line_minimum(lambda state: HESSIAN, 0.0, 5.0), 3)
+    step = transform(tx.update)
+    w = jnp.array([9.0, 9.0])
+    state = tx.init(w)
+    for _ in range(3):
+        grads = HESSIAN * w
+        extra = {name: make(grads) for name, make in told.items()}
+        updates, state = step(given(grads), state, w, **extra)
+        w = optax.apply_updates(w, updates)
+    return float(state.outer_state.alpha)
+
+
+OTHER_GRADIENTS = {
+    "per example": (
+        optax.chain(
+            optax.contrib.differentially_private_aggregate(1e9, 0.0, key=0),
+            optax.sgd(0.05),
+        ),
+        lambda g: jnp.stack([0.5 * g, 1.5 * g]),
+    ),
+    "of a scaled loss": (
+        optax.chain(optax.scale(1 / 1024), optax.sgd(0.05)),
+        lambda g: 1024 * g,
+    ),
+    "summed over a batch": (
+        optax.chain(optax.scale(1 / 32), optax.sgd(0.05)),
+        lambda g: 32 * g,
+    ),
+}
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize("name", OTHER_GRADIENTS)
+def test_told_the_gradient_it_is_right_whatever_the_inner_optimizer_is_given(
+    name, transform
+):
+    inner, given = OTHER_GRADIENTS[name]
+    expected = taken(optax.sgd(0.05), lambda g: g)
+    np.testing.assert_allclose(expected, 1.3455, rtol=1e-4)
+    got = taken(inner, given, transform, grad=lambda g: g)
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+    got = taken(inner, given, transform, outer_args=lambda g: {"grad": g})
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+def test_gradients_of_another_shape_are_refused_with_the_remedy():
+    inner, given = OTHER_GRADIENTS["per example"]
+    message = (
+        "`updates` must be gradients with the shapes of the parameters, got shape "
+        "(2, 2) at the root, where they have (2,). Tell `line_minimum` the gradient: "
+        "`update(updates, state, params, grad=grads)`."
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        taken(inner, given)
+
+
+def test_a_gradient_function_wins_over_a_gradient():
+    def at_theta(w):
+        return HESSIAN * w
+
+    tx = outer_loop(optax.sgd(0.05), line_minimum(lambda state: HESSIAN, 0.0, 5.0), 1)
+    w = jnp.array([9.0, 9.0])
+    alphas = [
+        tx.update(HESSIAN * w, tx.init(w), w, grad=grad, grad_fn=at_theta)[1]
+        for grad in (HESSIAN * w, jnp.full(2, 1e6))
+    ]
+    np.testing.assert_array_equal(*(state.outer_state.alpha for state in alphas))
+
+
+def test_in_an_eager_loop_nothing_is_computed_on_other_steps():
+    calls = []
+
+    def curvature(state):
+        calls.append(state)
+        return HESSIAN
+
+    tx = outer_loop(optax.sgd(0.05), line_minimum(curvature), 3)
+    w = jnp.array([9.0, 9.0])
+    state = tx.init(w)
+    for step in range(1, 8):
+        updates, state = tx.update(HESSIAN * w, state, w)
+        w = optax.apply_updates(w, updates)
+        assert len(calls) == step // 3
+
+
+def pmean_first(axis_name):
+    def update(updates, state, params=None):
+        return jax.lax.pmean(updates, axis_name), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 7), reason="JAX 0.6 tells nobody what differs"
+)
+def test_a_mean_over_devices_inside_is_refused_unless_told_the_gradient():
+    inner = optax.chain(pmean_first("data"), optax.sgd(0.05))
+    tx = outer_loop(inner, line_minimum(lambda state: HESSIAN, 0.0, 5.0), 3)
+    mesh = make_mesh({"data": 2}, AxisType.Auto, jax.devices()[:2])
+
+    def steps(share, told):
+        w = jnp.array([9.0, 9.0])
+        state = tx.init(w)
+        for _ in range(3):
+            grads = share[0] * HESSIAN * w
+            extra = {"grad": jax.lax.pmean(grads, "data")} if told else {}
+            updates, state = tx.update(grads, state, w, **extra)
+            w = optax.apply_updates(w, updates)
+        return state.outer_state.alpha
+
+    def run(told):
+        return jax.shard_map(
+            functools.partial(steps, told=told),
+            mesh=mesh,
+            in_specs=P("data"),
+            out_specs=P(),
+        )(jnp.array([0.5, 1.5]))
+
+    np.testing.assert_allclose(run(True), 1.3455, rtol=1e-4)
+    with pytest.raises(ValueError, match="got one that varies over \\['data'\\]"):
+        run(False)
