@@ -1,5 +1,6 @@
 """The update: a step of the inner optimizer, and at the end of a cycle a sync."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -25,25 +26,40 @@ def cycles(
     """Returns the transformation that takes `slow_step` after every k inner steps."""
     check_transformation("inner", inner)
     check_k(k)
-    slow_dtype = check_slow_dtype(slow_dtype)
     inner = optax.with_extra_args_support(inner)
     policy = _inner_state.policy(inner_state, inner)
+    it = _Cycles(inner, slow_step, k, policy, check_slow_dtype(slow_dtype))
+    # Optax types every state as `OptState`, which no NamedTuple is a supertype of.
+    return optax.GradientTransformationExtraArgs(
+        it.init,
+        it.update,  # pyright: ignore[reportArgumentType]
+    )
 
-    def init_fn(params: optax.Params) -> LookaheadState:
+
+@dataclasses.dataclass(frozen=True)
+class _Cycles:
+    inner: optax.GradientTransformationExtraArgs
+    slow_step: SlowStep
+    k: jax.typing.ArrayLike
+    policy: _inner_state.Policy
+    slow_dtype: Any
+
+    def init(self, params: optax.Params) -> LookaheadState:
         check_arrays(params)
-        check_wide(slow_dtype, params)
-        slow_params = jax.tree.map(lambda p: copy(p, slow_dtype), params)
-        fast_state = inner.init(params)
+        check_wide(self.slow_dtype, params)
+        slow_params = jax.tree.map(lambda p: copy(p, self.slow_dtype), params)
+        fast_state = self.inner.init(params)
         return LookaheadState(
             fast_state=fast_state,
             slow_params=slow_params,
             steps_since_sync=jnp.zeros([], jnp.int32),
             sync_count=jnp.zeros([], jnp.int32),
-            outer_state=slow_step.init(slow_params),
-            anchor=policy.init(fast_state),
+            outer_state=self.slow_step.init(slow_params),
+            anchor=self.policy.init(fast_state),
         )
 
-    def update_fn(
+    def update(
+        self,
         updates: optax.Updates,
         state: LookaheadState,
         params: Any = None,
@@ -51,11 +67,11 @@ def cycles(
     ) -> tuple[optax.Updates, LookaheadState]:
         check_params(params, state.slow_params)
         check_unstacked(state.steps_since_sync)
-        inner_args, outer_args = slow_step.split(extra_args)
+        inner_args, outer_args = self.slow_step.split(extra_args)
         grads = updates
 
         # 1. One step of the inner optimizer.
-        inner_updates, fast_state = inner.update(
+        inner_updates, fast_state = self.inner.update(
             grads, state.fast_state, params, **inner_args
         )
 
@@ -63,7 +79,7 @@ def cycles(
         start = jnp.equal(state.steps_since_sync, 0)
         steps = state.steps_since_sync + 1
         # Not `==`: a k lowered in mid-cycle must still sync.
-        sync = steps >= _as_int32(k)
+        sync = steps >= _as_int32(self.k)
 
         # 3. What the cycle set out from, and the way back there.
         starts = start_after_moments(start, params, fast_state, state.fast_state)
@@ -72,7 +88,7 @@ def cycles(
         # 4. THE SYNC: a slow step, and landing on it.
         finite = jax.tree.map(lambda way: way.finite, ways)
         fast = FastSide(grads, inner_updates, fast_state, sync, finite)
-        slow_updates, outer_state = slow_step.step(state, ways, fast, outer_args)
+        slow_updates, outer_state = self.slow_step.step(state, ways, fast, outer_args)
         landings = jax.tree.map(
             lambda way, slow_update: way.land(sync, slow_update), ways, slow_updates
         )
@@ -80,7 +96,7 @@ def cycles(
         slow_params = jax.tree.map(lambda landing: landing.slow, landings)
 
         # 5. What that means for the inner state.
-        fast_state, anchor = policy.at_sync(
+        fast_state, anchor = self.policy.at_sync(
             sync, fast_state, state.anchor, slow_updates, params, slow_params
         )
         fast_state = _inner_state.void_caches(sync, fast_state)
@@ -95,12 +111,6 @@ def cycles(
             outer_state=outer_state,
             anchor=anchor,
         )
-
-    # Optax types every state as `OptState`, which no NamedTuple is a supertype of.
-    return optax.GradientTransformationExtraArgs(
-        init_fn,
-        update_fn,  # pyright: ignore[reportArgumentType]
-    )
 
 
 def _as_int32(k: jax.typing.ArrayLike) -> jax.Array:
