@@ -1,9 +1,11 @@
 """Finding the slow weights in any nested optimizer state."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 from jax.tree_util import all_leaves
@@ -27,7 +29,8 @@ def slow_params(
     The lookahead state may stand at any depth of tuples, lists, dicts and other
     containers that JAX knows, as the wrappers of Optax make them. Of nested lookaheads
     the outermost counts; several with disjoint parameters, as under
-    `optax.partition`, are merged; the one vector of `optax.flatten` is taken apart.
+    `optax.partition`, are merged. The one vector of `optax.flatten` is taken apart, and
+    what `optax.contrib.split_real_and_imaginary` took apart is put together.
 
     Args:
       opt_state: State of the optimizer, from its `init` or `update`.
@@ -42,8 +45,8 @@ def slow_params(
 
     Raises:
       ValueError: If `opt_state` holds no lookahead state or none with a slow copy, if
-        two of them have a slow copy of the same parameter, or if `params` has another
-        tree or other shapes.
+        two of them have a slow copy of the same parameter, if `params` has another
+        tree or other shapes, or if a wrapper made another tree of a part of it.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -108,11 +111,47 @@ def slow_params(
 
 
 def _like(params: Any, slow: Any) -> Any:
-    """Returns `slow` as a tree if `optax.flatten` made one vector of `params`."""
+    """Returns `slow` in the paths of `params`, of which a wrapper made another tree."""
+    slow = _merged(slow)
     if not all_leaves([slow]) or all_leaves([params]):
         return slow
-    vector, unravel = ravel_pytree(jax.tree.map(lambda p: copy(p, slow.dtype), params))
-    return unravel(slow) if slow.shape == vector.shape else slow
+    # `optax.flatten` made one vector of the parameters, or of their parts.
+    wide = jax.tree.map(lambda p: copy(p, slow.real.dtype), params)
+    for whole in (wide, jax.tree.map(_split, wide)):
+        vector, unravel = ravel_pytree(whole)
+        if vector.shape == slow.shape:
+            return _merged(unravel(slow.astype(vector.dtype)))
+    raise ValueError(
+        "`opt_state` must hold slow weights of the tree `params`, got one vector of "
+        f"shape {slow.shape}, where the leaves of `params` are {vector.size} numbers. "
+        "A wrapper made it, such as `optax.flatten` of a part of the parameters behind "
+        "`optax.masked` or `optax.partition`, or the state is of other parameters. "
+        "Call `slow_params` on the state of that wrapper, with that part of `params`."
+    )
+
+
+@functools.cache
+def _pair() -> Any:
+    """Returns the type of what `split_real_and_imaginary` makes of a complex array."""
+    # Optax exports no name of it.
+    identity = optax.GradientTransformation(lambda params: params, lambda *_: None)
+    split = optax.contrib.split_real_and_imaginary(identity)
+    return type(split.init(np.zeros([], np.complex64)).inner_state)
+
+
+def _split(p: Any) -> Any:
+    return _pair()(p.real, p.imag) if jnp.iscomplexobj(p) else p
+
+
+def _merged(tree: Any) -> Any:
+    """Returns the tree with complex arrays in place of pairs of real ones."""
+
+    def is_pair(node: Any) -> bool:
+        return isinstance(node, _pair())
+
+    return jax.tree.map(
+        lambda x: jax.lax.complex(*x) if is_pair(x) else x, tree, is_leaf=is_pair
+    )
 
 
 def _is_lookahead_state(node: Any) -> bool:

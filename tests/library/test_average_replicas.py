@@ -259,6 +259,8 @@ def collectives(form, tx):
     ),
 )
 def test_what_replicas_say_to_each_other_stands_in_one_branch(form):
+    if "shard_map, fsdp" in form and jax.__version_info__ < (0, 7):
+        pytest.skip("JAX 0.6 gathers the parameters of a replica in every step there")
     tx = averaged(optax.adam(0.1), NESTEROV, 3)
     found, branches = collectives(form, tx)
     assert found, "the measure sees the collective"

@@ -1,5 +1,7 @@
 """Does `slow_params` find the slow weights, wherever a wrapper has put them?"""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -114,3 +116,89 @@ def test_a_vmapped_ensemble_is_read_under_vmap():
     _, state = jax.vmap(tx.update)(ensemble, state, ensemble)
     slow = jax.vmap(slow_params)(state, ensemble * 9)
     np.testing.assert_array_equal(slow, ensemble)
+
+
+TREE = {"a": jnp.array([1.0, 2.0, 3.0]), "b": {"c": jnp.ones((2, 2))}}
+COMPLEX = {**TREE, "z": jnp.array([1 + 2j, 3.0])}
+SPLIT = optax.contrib.split_real_and_imaginary
+
+
+def quick():
+    return lookahead(optax.sgd(0.1), 2, 0.5)
+
+
+OTHER_TREES = {
+    "flatten": (TREE, optax.flatten(quick())),
+    "MultiSteps of flatten": (
+        TREE,
+        optax.MultiSteps(optax.flatten(quick()), 1).gradient_transformation(),
+    ),
+    "apply_if_finite of flatten": (
+        TREE,
+        optax.apply_if_finite(optax.flatten(quick()), 1),
+    ),
+    "split": (COMPLEX, SPLIT(quick())),
+    "masked split": (
+        COMPLEX,
+        optax.masked(SPLIT(quick()), {"a": True, "b": {"c": True}, "z": True}),
+    ),
+    "flatten of split": (COMPLEX, optax.flatten(SPLIT(quick()))),
+    "split of flatten": (COMPLEX, SPLIT(optax.flatten(quick()))),
+    "partitioned split": (
+        COMPLEX,
+        optax.partition(
+            {"real": quick(), "z": SPLIT(quick())},
+            {"a": "real", "b": {"c": "real"}, "z": "z"},
+        ),
+    ),
+    "one complex array": (COMPLEX["z"], SPLIT(quick())),
+}
+
+
+# Optax's own vector of complex and real parameters warns when it is taken apart.
+@pytest.mark.filterwarnings("ignore:Casting from complex:DeprecationWarning")
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("name", OTHER_TREES)
+def test_it_reads_through_wrappers_that_hand_on_another_tree(name, wide):
+    start, tx = OTHER_TREES[name]
+    params, state = start, tx.init(start)
+    for steps in range(1, 6):
+        grads = jax.tree.map(jnp.ones_like, params)
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        # Two steps of 0.1, of which half is kept.
+        expected = jax.tree.map(lambda p, n=steps // 2: p - 0.1 * n, start)
+        slow = slow_params(state, params, wide=wide)
+        jax.tree.map(
+            lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), slow, expected
+        )
+        assert jax.tree.map(jnp.result_type, slow) == jax.tree.map(
+            jnp.result_type, params
+        )
+
+
+MASK = {"a": True, "b": {"c": False}}
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        optax.masked(optax.flatten(quick()), MASK),
+        optax.partition({True: optax.flatten(quick()), False: optax.sgd(0.1)}, MASK),
+        optax.chain(optax.clip(1.0), optax.masked(optax.flatten(quick()), MASK)),
+    ],
+    ids=["masked", "partition", "chain"],
+)
+def test_a_vector_of_a_part_is_refused_with_both_shapes_and_read_with_that_part(tx):
+    state = tx.init(TREE)
+    message = (
+        "`opt_state` must hold slow weights of the tree `params`, got one vector of "
+        "shape (3,), where the leaves of `params` are 7 numbers."
+    )
+    with pytest.raises(ValueError, match=re.escape(message)) as refusal:
+        slow_params(state, TREE)
+    for name in ("optax.flatten", "optax.masked", "optax.partition"):
+        assert name in str(refusal.value)
+    # What it says: that wrapper's state, with that part.
+    part = {"a": TREE["a"]}
+    np.testing.assert_array_equal(slow_params(state, part)["a"], TREE["a"])
