@@ -4,6 +4,8 @@ The gradient acts on each leaf alone, so a wrapper that treats leaves differentl
 compared with a run of each leaf by itself.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -324,3 +326,19 @@ def test_injected_k_and_alpha_changed_in_mid_run_need_no_retrace():
     )
     assert_close(params, later[-1][0])
     assert len(traces) == 1
+
+
+def test_large_updates_that_multi_steps_skips_are_no_steps_of_the_cycle():
+    tx = optax.MultiSteps(
+        lookahead(optax.sgd(1.0), 2, 0.5),
+        1,
+        should_skip_update_fn=functools.partial(
+            optax.skip_large_updates, max_squared_norm=10.0
+        ),
+    )
+    params = jnp.asarray([0.0])
+    state = tx.init(params)
+    for grad, expected in ((1.0, -1.0), (100.0, -1.0), (1.0, -1.0), (1.0, -2.0)):
+        updates, state = tx.update(jnp.asarray([grad]), state, params)
+        params = optax.apply_updates(params, updates)
+        np.testing.assert_allclose(params, [expected])

@@ -1,5 +1,7 @@
 """Does code that works with any Optax optimizer work with this one, unchanged?"""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -168,3 +170,48 @@ def test_a_loop_that_makes_floats_of_integers_and_flags_goes_on(slow_dtype, tran
         assert ways["alone"][leaf].dtype == jnp.float32
         for name in ("lookahead", "outer"):
             np.testing.assert_allclose(ways[name][leaf], ways["alone"][leaf])
+
+
+FRESH = {
+    "keep": "keep",
+    "reset": "reset",
+    "interpolate": "interpolate",
+    "function": lambda state, fresh: state,
+}
+BY_NAME = {
+    **{
+        f"{name}, {slow_dtype}": functools.partial(
+            lookahead, k=2, inner_state=policy, slow_dtype=slow_dtype
+        )
+        for name, policy in FRESH.items()
+        for slow_dtype in (None, "float32")
+    },
+    "outer_loop": lambda inner: outer_loop(inner, optax.lion(0.1), 2),
+}
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_every_field_of_the_inner_state_is_found_once_by_name_and_can_be_set(name):
+    inner = optax.inject_hyperparams(optax.adamw)(0.1, weight_decay=0.01)
+    tx = BY_NAME[name](inner)
+    state = tx.init(PARAMS)
+    for _ in range(3):
+        _, state = tx.update(PARAMS, state, PARAMS)
+    for field in ("nu", "learning_rate", "weight_decay", "b1", "eps"):
+        ((_, found),) = optax.tree.get_all_with_path(state, field)
+        ((_, expected),) = optax.tree.get_all_with_path(state.fast_state, field)
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+        jax.tree.map(
+            np.testing.assert_array_equal, optax.tree.get(state, field), expected
+        )
+    changed = optax.tree.set(state, learning_rate=jnp.asarray(0.01))
+    assert jax.tree.structure(changed) == jax.tree.structure(state)
+    # And it stays as set, through syncs.
+    for _ in range(3):
+        _, changed = tx.update(PARAMS, changed, PARAMS)
+        if not name.startswith("function"):
+            np.testing.assert_allclose(optax.tree.get(changed, "learning_rate"), 0.01)
+    # A metrics logger that flattens the state has one entry for each path.
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(state)]
+    assert len(set(paths)) == len(paths)
+    assert sum("learning_rate" in path for path in paths) == 1

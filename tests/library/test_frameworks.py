@@ -281,3 +281,68 @@ def test_equinox_with_frozen_parameters_whose_updates_are_none():
     slow = slow_params(state, eqx.filter(model, eqx.is_array))
     np.testing.assert_array_equal(slow.weight, model.weight)
     np.testing.assert_array_equal(slow.bias, model.bias)
+
+
+class Layer(nnx.Module):
+    def __init__(self, rngs):
+        self.linear = nnx.Linear(2, 2, rngs=rngs)
+
+    def __call__(self, x):
+        return nnx.tanh(self.linear(x))
+
+
+def test_an_ensemble_made_by_nnx_vmap_trains_each_member_by_itself():
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def make_model(key):
+        return Layer(nnx.Rngs(key))
+
+    models = make_model(jax.random.split(jax.random.key(0), 3))
+    x = jnp.ones((4, 2))
+
+    @nnx.vmap(in_axes=(0, None), out_axes=0)
+    def train(model, x):
+        optimizer = nnx.Optimizer(model, lookahead(optax.adam(0.1), 2), wrt=nnx.Param)
+        for _ in range(4):
+            grads = nnx.grad(lambda m: jnp.mean((m(x) - 0.5) ** 2))(model)
+            optimizer.update(model, grads)
+        return jnp.mean((model(x) - 0.5) ** 2)
+
+    before = [jnp.mean((nnx.tanh(x @ w) - 0.5) ** 2) for w in models.linear.kernel[...]]
+    assert np.all(np.asarray(train(models, x)) < np.asarray(before))
+
+
+def test_only_the_parameters_that_a_filter_names_have_slow_weights():
+    model = nnx.Sequential(
+        nnx.LoRA(
+            2, 1, 2, base_module=nnx.Linear(2, 2, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(1)
+        )
+    )
+    tx = lookahead(optax.adam(0.1), 2)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)
+    base = np.asarray(model.layers[0].base_module.kernel[...])
+    for _ in range(4):
+        grads = nnx.grad(
+            lambda m: jnp.mean((m(jnp.ones((1, 2))) - 1.0) ** 2),
+            argnums=nnx.DiffState(0, nnx.LoRAParam),
+        )(model)
+        optimizer.update(model, grads)
+    np.testing.assert_array_equal(model.layers[0].base_module.kernel[...], base)
+    slow = nnx.to_pure_dict(nnx.state(optimizer.opt_state))
+    assert sum(np.size(x) for x in jax.tree.leaves(slow["slow_params"])) == 4
+
+
+def test_model_and_optimizer_in_one_trains():
+    if not hasattr(nnx, "ModelAndOptimizer"):
+        pytest.skip("this version of Flax has no nnx.ModelAndOptimizer")
+    both = nnx.ModelAndOptimizer(
+        Layer(nnx.Rngs(0)), lookahead(optax.adam(0.1), 2), wrt=nnx.Param
+    )
+    x = jnp.ones((4, 2))
+
+    def loss(model):
+        return jnp.mean((model(x) - 0.5) ** 2)
+
+    before = loss(both.model)
+    for _ in range(6):
+        both.update(nnx.grad(loss)(both.model))
+    assert loss(both.model) < before

@@ -1,13 +1,16 @@
 """Does it go through JAX's transformations, and are its derivatives right?"""
 
+import concurrent.futures
+
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from training import scanned, trajectory
 
-from optax_lookahead import lookahead, slow_params
+from optax_lookahead import lookahead, outer_loop, slow_params
 
 PARAMS = {"w": jnp.array([1.0, -2.0]), "b": jnp.array(0.5)}
 
@@ -136,3 +139,62 @@ def test_checkpointing_of_the_loss_changes_nothing():
         for f in (loss, jax.checkpoint(loss))
     )
     assert_close(rematerialised[-1], plain[-1])
+
+
+def one_step(params, state, step):
+    updates, state = TRIED.update(gradient(params, step), state, params)
+    return optax.apply_updates(params, updates), state
+
+
+TRIED = outer_loop(
+    optax.adam(0.1), optax.sgd(0.7, momentum=0.5, nesterov=True), 2, inner_state="reset"
+)
+
+
+def assert_goes_on_as_before(step, first=0, last=5):
+    params, state = PARAMS, TRIED.init(PARAMS)
+    expected = trajectory(TRIED, PARAMS, gradient, last, jax.jit)
+    for i in range(last):
+        params, state = (step if i >= first else jax.jit(one_step))(
+            params, state, jnp.asarray(i)
+        )
+    assert_close((params, state), expected[-1])
+
+
+def test_a_step_that_was_exported_goes_on():
+    arguments = PARAMS, TRIED.init(PARAMS), jnp.asarray(0)
+    flat, treedef = jax.tree.flatten(arguments)
+
+    def on_leaves(*leaves):
+        return jax.tree.leaves(one_step(*treedef.unflatten(leaves)))
+
+    exported = jax.export.export(jax.jit(on_leaves))(*flat)
+    result = jax.tree.structure(arguments[:2])
+
+    def step(*arguments):
+        return result.unflatten(exported.call(*jax.tree.leaves(arguments)))
+
+    assert_goes_on_as_before(step, first=1)
+
+
+def test_threads_can_share_one_transformation():
+    step = jax.jit(one_step)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        futures = [pool.submit(assert_goes_on_as_before, step) for _ in range(8)]
+        for future in futures:
+            future.result()
+
+
+def test_64_bit_types_can_be_turned_on_in_mid_run():
+    params, state = PARAMS, TRIED.init(PARAMS)
+    before = jax.tree.map(jnp.result_type, state)
+    for i in range(6):
+        jax.config.update("jax_enable_x64", i in (2, 3))
+        try:
+            updates, state = TRIED.update(PARAMS, state, params)
+            params = optax.apply_updates(params, updates)
+        finally:
+            jax.config.update("jax_enable_x64", False)
+        assert jax.tree.map(jnp.result_type, state.slow_params) == before.slow_params
+        assert state.steps_since_sync == (i + 1) % 2
+    assert state.sync_count == 3
