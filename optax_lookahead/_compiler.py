@@ -15,6 +15,17 @@ def start_after_moments(
     The plain form is `start` for each. But where a whole training step is one program,
     XLA's CPU backend would write the slow weights first of all, while the backward
     pass still has to read the parameters, and keep a copy of all of them for that.
+    Whole training steps of 20 dense layers of 700 x 700 on a CPU, time over the inner
+    optimizer's, and temporaries in copies of the parameters::
+
+                              plain form      this form
+        Adam                  1.49, 1.01      1.08, 0.15
+        momentum              1.45, 1.01      0.96, 0.15
+        SGD, without moments  1.05, 0.15      the plain form
+
+    On a TPU both are the same program. A copy of the update is saved in
+    `_slow_weights.py`, too, by masking the step instead of the condition: with
+    `where(sync & finite, ...)` Adam took 1.40, momentum 1.28, SGD 1.32.
     """
     moments = _new_moments(params, new_state, old_state)
     if moments is None:

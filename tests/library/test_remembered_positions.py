@@ -46,7 +46,10 @@ def left(name):
     return float(np.mean(np.concatenate(jax.tree.leaves(moves))))
 
 
-@pytest.mark.parametrize("name", dear_but(["adam", "sgd", *REMEMBERED], NAMES))
+KEPT = [name for name in ("adam", "sgd", *REMEMBERED) if name in NAMES]
+
+
+@pytest.mark.parametrize("name", dear_but(KEPT, NAMES))
 def test_the_next_step_leaves_a_syncs_move_as_it_is_but_for_these(name):
     np.testing.assert_allclose(left(name), REMEMBERED.get(name, ALL), atol=0.05)
 
@@ -68,7 +71,9 @@ def test_a_step_from_the_distance_that_was_come_grows_with_a_move_away(name):
     np.testing.assert_allclose(np.mean((there - here) / 0.25), expected, atol=0.02)
 
 
-@pytest.mark.parametrize("name", ["cocob", "madgrad", "mechanize"])
+@pytest.mark.parametrize(
+    "name", [name for name in ("cocob", "madgrad", "mechanize") if name in NAMES]
+)
 def test_after_a_reset_the_move_is_there_again(name):
     tx = lookahead(make(name), 4, 0.5, inner_state="reset")
     params = jax.tree.map(jnp.asarray, START)
