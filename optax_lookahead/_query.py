@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 from jax.tree_util import all_leaves
@@ -134,9 +133,9 @@ def _like(params: Any, slow: Any) -> Any:
 def _pair() -> Any:
     """Returns the type of what `split_real_and_imaginary` makes of a complex array."""
     # Optax exports no name of it.
-    identity = optax.GradientTransformation(lambda params: params, lambda *_: None)
-    split = optax.contrib.split_real_and_imaginary(identity)
-    return type(split.init(np.zeros([], np.complex64)).inner_state)
+    split = optax.contrib.split_real_and_imaginary(optax.trace(0.0))
+    state: Any = split.init(jnp.zeros([], jnp.complex64))
+    return type(state.inner_state.trace)
 
 
 def _split(p: Any) -> Any:
