@@ -151,6 +151,7 @@ def test_derivatives_are_those_of_two_plain_loops(x64, monkeypatch, name):
         np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-9 * np.max(np.abs(y)))
 
 
+@pytest.mark.dear
 def test_they_are_so_for_a_batch_of_hyperparameters_too(x64):
     several = np.stack([AT, AT * 0.9, AT * 1.1])
     for name in ("adam", "sgd"):
