@@ -108,7 +108,9 @@ class AsWide(Way):
         # can write updates and slow weights in place, one after the other; and added
         # as the loop adds it, so that both agree in every bit.
         slow = jnp.asarray(optax.apply_updates(p, u), phi.dtype)
-        lands = sync & _way_back(p, u, phi)[1] & step.is_finite(phi, p)
+        # Finite only if both are, and masked where they are equal: infinities may be.
+        way = phi - jnp.where(slow == phi, 0, slow)
+        lands = sync & is_finite(way, p) & step.is_finite(phi, p)
         if step.reached is not None:
             # Where the fast weight is not finite, others' may be.
             moved = phi + jnp.asarray(step.from_slow(self.pseudo_grad), phi.dtype)
