@@ -85,6 +85,8 @@ def make_contraction(wrapper: Wrapper):
             tx = lookahead(tx, K, ALPHA, inner_state=wrapper.inner_state)
         # Optax's momentum sums gradients: the last step is -rate times it.
         state = optax.tree.set(tx.init(theta), trace=-v / rate)
+        if wrapper.inner_state == "interpolate":  # as the last sync left it
+            state = state._replace(anchor=(-v / rate,))
 
         def train_step(_, carry):
             theta, state = carry
