@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from ._state import is_inexact
 
@@ -32,7 +33,7 @@ def start_after_moments(
         return jax.tree.map(lambda _: start, params)
     # Never true, and as large as the moment, not one element of it: to look that up
     # is a collective where the moment is split over devices.
-    return jax.tree.map(lambda m: start | ((m == m) & (m != m)), moments)
+    return jax.tree.map(lambda m: start | (m < -jnp.inf), moments)
 
 
 def _new_moments(params: Any, new_state: Any, old_state: Any) -> Any:

@@ -44,9 +44,9 @@ class Fraction:
     def from_slow(self, pseudo_grad: Any) -> Any:
         return jnp.asarray(-self.alpha, pseudo_grad.dtype) * pseudo_grad
 
-    def is_finite(self, phi: Any, p: Any) -> Any:
+    def only_finite(self, elements: Any, phi: Any, p: Any) -> Any:
         del phi, p
-        return True  # between two finite weights
+        return elements  # between two finite weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +64,8 @@ class OuterUpdate:
         del pseudo_grad
         return self.update
 
-    def is_finite(self, phi: Any, p: Any) -> Any:
-        return is_finite(phi + jnp.asarray(self.update, phi.dtype), p)
+    def only_finite(self, elements: Any, phi: Any, p: Any) -> Any:
+        return elements & is_finite(phi + jnp.asarray(self.update, phi.dtype), p)
 
 
 SlowUpdate = Fraction | OuterUpdate

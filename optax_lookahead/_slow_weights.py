@@ -72,7 +72,7 @@ class Way:
         if isinstance(self.finite, optax.MaskedNode):
             return self.finite
         finite = self.finite if step.reached is None else step.reached
-        return finite & step.is_finite(self.phi, self.p)
+        return step.only_finite(finite, self.phi, self.p)
 
     def land(self, sync: Any, step: SlowUpdate) -> "Landing":
         """Returns where a slow step takes the parameter, if this is a sync."""
@@ -98,7 +98,7 @@ class AsWide(Way):
         p, u, phi = self.p, self.u, self.phi
         back = step.from_fast(self.pseudo_grad)
         there = _added(p, jnp.asarray(u, back.dtype) + back)
-        arrives = step.is_finite(phi, p) & is_finite(there, p)
+        arrives = self.finite & is_finite(there, p)
         # Masked here, not in the condition: that would be an array, and a copy of `u`.
         landing = jnp.asarray(u, back.dtype) + jnp.where(arrives, back, 0)
         # As it is stored: the loop adds an update of this dtype. And not
@@ -110,7 +110,7 @@ class AsWide(Way):
         slow = jnp.asarray(optax.apply_updates(p, u), phi.dtype)
         # Finite only if both are, and masked where they are equal: infinities may be.
         way = phi - jnp.where(slow == phi, 0, slow)
-        lands = sync & is_finite(way, p) & step.is_finite(phi, p)
+        lands = sync & step.only_finite(is_finite(way, p), phi, p)
         if step.reached is not None:
             # Where the fast weight is not finite, others' may be.
             moved = phi + jnp.asarray(step.from_slow(self.pseudo_grad), phi.dtype)
@@ -135,7 +135,7 @@ class Wider(Way):
         # From one weight that `p` can hold to another: mostly, so can the step. And
         # from the new slow weight, which can thus be written in place first.
         arrives = is_finite(_added(p, u), p) & is_finite(slow, p)
-        arrives &= step.is_finite(slow, p)
+        arrives = step.only_finite(arrives, slow, p)
         rounded = jnp.where(arrives, _rounded_like(p, slow), 0)
         update = rounded - jnp.asarray(p, phi.dtype)
         return Landing(select(sync & arrives & is_finite(update, u), update, u), slow)
@@ -176,10 +176,10 @@ def _way_back(p: Any, u: Any, phi: Any) -> tuple[Any, Any]:
     """Returns phi less the fast weight, and for which elements it is finite."""
     dtype = common_dtype(u, phi)
     theta, phi = _added(p, u, dtype), jnp.asarray(phi, dtype)
-    finite = is_finite(theta, p) & is_finite(phi, phi)
+    finite = is_finite(theta, p)
     # Masked before, too: the difference of two infinities is a NaN, which
     # `jax_debug_nans` would find.
-    way = jnp.where(finite, phi, 0) - jnp.where(finite, theta, 0)
+    way = phi - jnp.where(finite, theta, 0)
     finite &= is_finite(way, way)
     return jnp.where(finite, way, 0), finite
 

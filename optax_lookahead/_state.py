@@ -111,6 +111,9 @@ def is_finite(x: Any, p: Any) -> Any:
         return True
     if jnp.iscomplexobj(x):
         return is_finite(x.real, p) & is_finite(x.imag, p)
-    largest = min(float(jnp.finfo(jnp.result_type(y)).max) for y in (x, p))
+    dtype, largest = jnp.result_type(x), jnp.finfo(jnp.result_type(p)).max
+    own = jnp.finfo(dtype)
+    if own.bits >= 32 and float(own.max) <= float(largest):
+        return jax.lax.is_finite(x)
     # Not by `astype` and `isfinite`: compilers may leave out the rounding.
-    return jnp.abs(x) <= largest
+    return jnp.abs(x) <= min(float(own.max), float(largest))
