@@ -102,7 +102,7 @@ FORMS: dict[str, Callable[[Any], Any]] = {
     UPSTREAM: lambda inner: optax.lookahead(inner, K, ALPHA),
 }
 
-BYTES = {"pred": 1, "bf16": 2, "f32": 4, "s32": 4, "u32": 4}
+BYTES = {"pred": 1, "u8": 1, "bf16": 2, "f32": 4, "s32": 4, "u32": 4}
 INSTRUCTION = re.compile(
     r"^ +(?:ROOT )?(?P<name>%[\w.-]+) = (?P<shape>\(.*?\)|\S+) (?P<op>[a-z][a-z-]*)"
     r"\((?P<operands>.*?)\)(?:, |$)"
@@ -158,17 +158,23 @@ def instructions(text: str) -> list[Instruction]:
             for dtype, dims, layout in ARRAY.findall(match["shape"])
         ]
         operands = re.findall(r"%[\w.-]+", match["operands"])
-        op = "bitcast" if match["target"] == "ConcatBitcast" else match["op"]
+        renames = match["target"] in ("ConcatBitcast", "ZeroCrop")
+        op = "bitcast" if renames else match["op"]
         result.append(Instruction(match["name"], op, arrays, operands))
     return result
 
 
-def hbm_bytes(entry: list[Instruction]) -> int:
-    """Returns the bytes that a program's entry reads from HBM and writes to it."""
+def hbm_bytes(entry: list[Instruction], *, branches: bool = True) -> int:
+    """Returns the bytes that a program's entry reads from HBM and writes to it.
+
+    It can't tell where there are branches. Without `branches` they are not counted.
+    """
     arrays = {instruction.name: instruction.arrays for instruction in entry}
     total = 0
     for name, op, result, operands in entry:
         if op in FREE or op.endswith("-done"):
+            continue
+        if op == "conditional" and not branches:
             continue
         if op in {"copy-start", "slice-start"}:
             # Two arrays, from and to in either order, and a flag. A slice reads only

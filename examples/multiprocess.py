@@ -8,8 +8,14 @@ deleted, and comes back from it, each shard to its device. One more process runs
 same training on one device, without the checkpoint, and the weights are compared.
 It is float64, in which the two agree to rounding; in float32 training amplifies that.
 
+With `--replicas` each process trains a replica of its own, sharded over its devices,
+and they talk at syncs only: `outer_loop` with `average_replicas` and a Nesterov step.
+A run that was killed goes on from its checkpoint with `--resume`.
+
     python examples/multiprocess.py
     python examples/multiprocess.py --processes 4 --steps 403 --folder run
+    python examples/multiprocess.py --replicas --folder run
+    python examples/multiprocess.py --replicas --folder run --resume
 
 It needs its neighbours `digits.py` and `command_line.py`, and Linux or macOS. In a
 cluster start one process on each host and call `jax.distributed.initialize` there;
@@ -31,6 +37,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -41,7 +48,7 @@ from digits import CNN, accuracy, load_data, loss_fn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from optax_lookahead import lookahead, slow_params
+from optax_lookahead import average_replicas, lookahead, outer_loop, slow_params
 
 DEVICES = 4  # of a process
 IMAGES = 4  # of a batch on each device
@@ -50,12 +57,23 @@ TAIL = 20  # lines of what a process wrote that died
 TOLERANCE = 1e-9
 
 
+def make_optimizer(args: argparse.Namespace) -> optax.GradientTransformation:
+    if not args.replicas:
+        return lookahead(optax.adam(0.01), K, ALPHA)
+    nesterov = optax.sgd(0.7, momentum=0.9, nesterov=True)
+    outer = optax.chain(average_replicas("replica"), nesterov)
+    return outer_loop(optax.adam(0.01), outer, K)
+
+
 def train(args: argparse.Namespace, checkpoint: pathlib.Path | None, progress):
     """Trains on all devices of all processes; returns the weights and some figures."""
-    data, tx = load_data(), lookahead(optax.adam(0.01), K, ALPHA)
-    mesh = Mesh(np.array(jax.devices()), ("devices",))
+    data, tx = load_data(), make_optimizer(args)
+    devices = np.array(jax.devices()).reshape(jax.process_count(), -1)
+    mesh = Mesh(devices, ("replica", "device"))
     replicated = NamedSharding(mesh, PartitionSpec())
-    by_row = NamedSharding(mesh, PartitionSpec("devices"))
+    spec = ("replica", "device") if args.replicas else (("replica", "device"),)
+    by_row = NamedSharding(mesh, PartitionSpec(*spec))
+    params = initial_params(data.train_x[:1], mesh, args)
 
     def step_fn(state, x, y):
         # Each device computes on its rows with whole parameters, which it has only
@@ -66,6 +84,16 @@ def train(args: argparse.Namespace, checkpoint: pathlib.Path | None, progress):
         params = optax.apply_updates(state["params"], updates)
         return {"params": params, "opt_state": opt_state}, loss
 
+    init = tx.init
+    if args.replicas:
+        # A first axis of replicas for all but the counters, which are one for all.
+        one = jax.eval_shape(tx.init, jax.tree.map(lambda x: x[0], params))
+        axes = jax.tree.map(lambda x: 0 if x.ndim else None, one)
+        init = jax.vmap(tx.init, out_axes=axes)
+        axes = {"params": 0, "opt_state": axes}
+        names = {"axis_name": "replica", "spmd_axis_name": "replica"}
+        step_fn = jax.vmap(step_fn, (axes, 0, 0), (axes, 0), **names)
+
     def read(state):
         slow = slow_params(state["opt_state"], state["params"])
         return {"fast": state["params"], "slow": slow}
@@ -75,20 +103,25 @@ def train(args: argparse.Namespace, checkpoint: pathlib.Path | None, progress):
         mine = np.split(rows, jax.process_count())[jax.process_index()]
         return jax.make_array_from_process_local_data(by_row, mine)
 
-    params = initial_params(data.train_x[:1], mesh)
-    shardings = jax.tree.map(lambda x: shard(x, mesh), jax.eval_shape(tx.init, params))
-    opt_state = jax.jit(tx.init, out_shardings=shardings)(params)
+    shapes = jax.eval_shape(init, params)
+    shardings = jax.tree.map(lambda x: shard(x, mesh, args), shapes)
+    opt_state = jax.jit(init, out_shardings=shardings)(params)
     state = {"params": params, "opt_state": opt_state}
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    train_step = jax.jit(
-        step_fn, donate_argnums=0, out_shardings=(shardings, replicated)
-    )
+    per_replica = NamedSharding(mesh, PartitionSpec("replica"))
+    losses = per_replica if args.replicas else replicated
+    train_step = jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, losses))
     rng, steps_since_sync = np.random.default_rng(0), None
     for step in range(args.steps):
+        rows = rng.integers(len(data.train_x), size=batch_shape(args))
+        if checkpoint and step < checkpoint_step(args) and args.resume:
+            progress.write(b".")
+            continue  # the rows are drawn all the same, so the next ones are the same
         if checkpoint and step == checkpoint_step(args):
-            state = save_and_restore(state, checkpoint)
+            if not args.resume:
+                save(state, checkpoint)
+            state = restore(state, checkpoint, step)
             steps_since_sync = int(state["opt_state"].steps_since_sync)
-        rows = rng.integers(len(data.train_x), size=batch_size(args))
         state, loss = train_step(
             state, put(data.train_x[rows]), put(data.train_y[rows])
         )
@@ -103,18 +136,21 @@ def train(args: argparse.Namespace, checkpoint: pathlib.Path | None, progress):
     }
 
 
-def initial_params(x: np.ndarray, mesh: Mesh):
+def initial_params(x: np.ndarray, mesh: Mesh, args: argparse.Namespace):
     """Draws parameters in shards, so that no device ever holds the whole model.
 
-    By NumPy, which gives every process the same numbers, in float64.
+    By NumPy, which gives every process the same numbers, in float64. All replicas
+    start from the same.
     """
     rng = np.random.default_rng(0)
 
     def draw(leaf: jax.ShapeDtypeStruct) -> jax.Array:
         scale = np.prod(leaf.shape[:-1]) ** -0.5 if leaf.ndim > 1 else 0.0
         whole = rng.normal(scale=scale, size=leaf.shape)
+        if args.replicas:
+            whole = np.broadcast_to(whole, (args.processes, *leaf.shape))
         return jax.make_array_from_callback(
-            leaf.shape, shard(leaf, mesh), lambda index: whole[index]
+            whole.shape, shard(whole, mesh, args), lambda index: whole[index]
         )
 
     return jax.tree.map(draw, jax.eval_shape(CNN().init, jax.random.key(0), x))
@@ -128,12 +164,21 @@ def evaluate(params) -> dict[str, float]:
     }
 
 
-def shard(x: jax.ShapeDtypeStruct, mesh: Mesh) -> NamedSharding:
-    """Splits the first dimension that divides; without one, replicates."""
-    for axis, size in enumerate(x.shape):
-        if size % mesh.size == 0:
-            return NamedSharding(mesh, PartitionSpec(*axis * [None], "devices"))
-    return NamedSharding(mesh, PartitionSpec())
+def shard(x: Any, mesh: Mesh, args: argparse.Namespace) -> NamedSharding:
+    """Splits the first dimension that divides; without one, replicates.
+
+    Over all devices or, with replicas on a first axis, over those of a replica.
+    """
+    first = int(args.replicas and x.ndim > 0)
+    spec: list[Any] = ["replica"][:first]
+    names, parts = ("replica", "device"), mesh.size
+    if args.replicas:
+        names, parts = "device", mesh.shape["device"]
+    for size in x.shape[first:]:
+        if size % parts == 0:
+            return NamedSharding(mesh, PartitionSpec(*spec, names))
+        spec.append(None)
+    return NamedSharding(mesh, PartitionSpec(*spec[:first]))
 
 
 def checkpoint_step(args: argparse.Namespace) -> int:
@@ -142,20 +187,30 @@ def checkpoint_step(args: argparse.Namespace) -> int:
     return middle + (middle % K == 0)
 
 
-def batch_size(args: argparse.Namespace) -> int:
-    return args.processes * DEVICES * IMAGES
+def batch_shape(args: argparse.Namespace) -> tuple[int, ...]:
+    rows = DEVICES * IMAGES
+    return (args.processes, rows) if args.replicas else (args.processes * rows,)
 
 
-def save_and_restore(state, path: pathlib.Path):
-    """Returns the state as a new run would find it, in the same shards."""
-    target = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
-    )
+def save(state, path: pathlib.Path) -> None:
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path, state)
         checkpointer.wait_until_finished()
-        jax.tree.map(lambda x: x.delete(), state)
-        return checkpointer.restore(path, target)
+
+
+def restore(state, path: pathlib.Path, step: int):
+    """Returns the saved state in the shards of this one, which is deleted."""
+    target = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
+    jax.tree.map(lambda x: x.delete(), state)
+    with ocp.StandardCheckpointer() as checkpointer:
+        restored = checkpointer.restore(path, target)
+    opt_state = restored["opt_state"]
+    saved = int(opt_state.sync_count) * K + int(opt_state.steps_since_sync)
+    if saved != step:
+        raise ValueError(f"the checkpoint is of update {saved}, not of {step}")
+    return restored
 
 
 def run_child(
@@ -183,7 +238,10 @@ def run_child(
                 for path, leaf in jax.tree.leaves_with_path(weights)
             }
             np.savez(folder / f"{name}.npz", **flat)
-            figures |= evaluate(weights["slow"])
+            slow = weights["slow"]
+            if args.replicas:
+                slow = jax.tree.map(lambda x: x[0], slow)
+            figures |= evaluate(slow)
             (folder / f"{name}.json").write_text(json.dumps(figures))
     except BaseException:
         traceback.print_exc()
@@ -351,7 +409,13 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--steps", type=int, default=203, help="updates")
     parser.add_argument(
+        "--replicas", action="store_true", help="one in each process; talk at syncs"
+    )
+    parser.add_argument(
         "--folder", type=pathlib.Path, help="keeps weights and checkpoint; must be new"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the checkpoint in --folder"
     )
     parser.add_argument("--timeout", type=float, default=300, help="of all, in seconds")
     args = parser.parse_args(argv)
@@ -360,7 +424,13 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         parser.error(f"--steps must be at least 2, got {args.steps}.")
     if not args.timeout > 0:
         parser.error(f"--timeout must be positive, got {args.timeout:g}.")
-    if args.folder and (args.folder.exists() or not args.folder.parent.is_dir()):
+    if args.resume:
+        if not args.folder or not (args.folder / "checkpoint").is_dir():
+            parser.error(
+                "--resume needs a --folder with a checkpoint, got "
+                f"{args.folder or 'none'}."
+            )
+    elif args.folder and (args.folder.exists() or not args.folder.parent.is_dir()):
         parser.error(
             f"--folder must be a new folder in an existing one, got {args.folder}."
         )
@@ -373,7 +443,7 @@ def main() -> None:
         signal.signal(signum, stop)
     with tempfile.TemporaryDirectory() as temporary:
         folder = (args.folder or pathlib.Path(temporary, "run")).absolute()
-        folder.mkdir()
+        folder.mkdir(exist_ok=args.resume)
         run_children(args, folder)
         report(args, folder)
 

@@ -106,6 +106,37 @@ def test_two_processes_end_with_the_weights_of_one(tmp_path):
 
 
 @pytest.mark.dear
+def test_a_killed_run_of_replicas_resumes_in_mid_cycle_and_ends_with_the_weights_of_one(
+    tmp_path,
+):
+    folder = tmp_path / "run"
+    settings = ("--replicas", "--steps", 43, "--folder", folder)
+    with Run(*settings) as run:
+        pids = run.read_pids()
+        progress = folder / "process-1.progress"
+        # The checkpoint is that of update 21.
+        wait_until(lambda: progress.exists() and progress.stat().st_size >= 23)
+        os.kill(pids["process-1"], signal.SIGKILL)
+        code, out, err = run.end()
+    assert code == 1
+    assert re.search(r"process-1 \(pid \d+\) died after \d+ updates", err)
+    assert not (folder / "process-0.npz").exists()
+    with Run(*settings, "--resume") as run:
+        run.read_pids()
+        code, out, err = run.end()
+    assert code == 0, err
+    assert "checkpoint: after update 21, with 1 of 5 updates of its cycle done" in out
+    several, alone = map(read_weights, (folder / "process-0.npz", folder / "alone.npz"))
+    for name, value in several.items():
+        assert len(value) == 2, "a row for each replica"
+        np.testing.assert_allclose(value, alone[name], rtol=0, atol=1e-9)
+        if name.startswith("fast"):
+            assert np.any(value[0] != value[1]), "ends in mid-cycle, apart"
+        else:
+            np.testing.assert_allclose(value[0], value[1], rtol=0, atol=1e-12)
+
+
+@pytest.mark.dear
 def test_a_killed_process_ends_the_run_with_an_error_that_names_it(tmp_path):
     folder = tmp_path / "run"
     with Run(*ENDLESS, "--folder", folder) as run:
@@ -192,6 +223,7 @@ def test_weights_that_differ_are_an_error(kind, change, tmp_path, capsys):
     [
         (["--processes", 0], "--processes must be at least 1, got 0."),
         (["--folder", EXAMPLES], "--folder must be a new folder in an existing one"),
+        (["--resume"], "--resume needs a --folder with a checkpoint, got none."),
         (["--workers", 2], "unrecognized arguments: --workers 2"),
     ],
 )

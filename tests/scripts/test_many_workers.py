@@ -1,0 +1,112 @@
+"""Does the example with many workers count what they send, and print what it claims?"""
+
+import re
+
+import many_workers
+import pytest
+from commands import EXAMPLES, check_refused, run
+from messages import Messages, crosses, messages
+
+SCRIPT = EXAMPLES / "many_workers.py"
+
+
+@pytest.mark.dear
+def test_it_prints_a_row_per_method_with_its_bytes_and_draws_a_picture(tmp_path):
+    picture = tmp_path / "workers.png"
+    tiny = ("--seeds", 1, "--width", 8, "--depth", 1, "--context", 8, "--batch", 2)
+    settings = ("--steps", 40, "--rates", 0.03, "--out", picture)
+    result = run(SCRIPT, *tiny, *settings)
+    assert result.returncode == 0, result.stderr
+    rows = re.findall(
+        r"^([\w, =-]+?) +(\d\.\d{3}) ± 0\.000 \* +([\d,]+)$", result.stdout, re.M
+    )
+    assert [name for name, *_ in rows] == list(many_workers.METHODS)
+    assert len({loss for _, loss, _ in rows}) == 5, "the methods differ"
+    sent = [int(number.replace(",", "")) for *_, number in rows]
+    # A byte more for each float32, and once a cycle.
+    expected = [sent[0] * 1.25 / k for k in (5, 20, 5, 20)]
+    assert sent[1:] == pytest.approx(expected, abs=1)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "200/200" in result.stderr, "the progress bar counts every update"
+
+
+@pytest.mark.dear
+def test_it_also_runs_with_muon_inside(tmp_path):
+    tiny = ("--seeds", 1, "--width", 8, "--depth", 1, "--context", 8, "--batch", 2)
+    settings = ("--steps", 40, "--rates", 0.03, "--out", tmp_path / "workers.png")
+    result = run(SCRIPT, *tiny, *settings, "--inner", "muon")
+    assert result.returncode == 0, result.stderr
+    assert "inner optimizer: muon." in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "100"], "--steps must be a positive multiple of 40, got 100."),
+        (["--batch", "3"], "--batch must be a multiple of 2, got 3."),
+        (["--inner", "sgd"], "argument --inner: invalid choice: 'sgd'"),
+    ],
+)
+def test_a_bad_option_is_answered_with_one_line(arguments, message):
+    check_refused(many_workers.main, arguments, message)
+
+
+@pytest.mark.parametrize(
+    ("groups", "across"),
+    [
+        ("replica_groups={}", True),
+        ("replica_groups={{0,1},{2,3},{4,5},{6,7}}", False),
+        ("replica_groups={{0,2,4,6},{1,3,5,7}}", True),
+        ("replica_groups=[4,2]<=[8]", False),
+        ("replica_groups=[2,4]<=[8]", True),
+        ("replica_groups=[2,4]<=[4,2]T(1,0)", True),
+        ("replica_groups=[4,2]<=[2,4]T(0,1)", False),
+        ("replica_groups=mesh['x'=4,'y'=2] {'x'}", True),
+        ("replica_groups=mesh['x'=4,'y'=2] {'y'}", False),
+        ("replica_groups=mesh['x'=4,'y'=2] {'x','y'}", True),
+        ("source_target_pairs={{0,1},{1,0}}", False),
+        ("source_target_pairs={{0,2},{2,0}}", True),
+    ],
+)
+def test_groups_of_devices_are_read_in_every_form_that_xla_writes(groups, across):
+    line = f"  %x = f32[8]{{0}} all-reduce(%y), channel_id=1, {groups}, to_apply=%add"
+    assert crosses(line, 8, lambda device: device // 2) == across
+
+
+def test_a_form_that_it_does_not_know_is_an_error():
+    with pytest.raises(ValueError, match="no groups of devices were read"):
+        crosses("replica_groups=@something", 8, lambda device: device)
+
+
+def test_what_stands_in_a_branch_is_told_from_what_every_step_sends():
+    text = """HloModule step
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  ROOT %c = f32[] add(%a, %b)
+}
+
+%stay (p: f32[8]) -> f32[8] {
+  ROOT %p = f32[8]{0} parameter(0)
+}
+
+%inner (q: f32[8]) -> f32[8] {
+  %q = f32[8]{0} parameter(0)
+  ROOT %r = f32[8]{0} all-reduce(%q), replica_groups={{0,2},{1,3}}, to_apply=%add
+}
+
+%sync (p.1: f32[8]) -> f32[8] {
+  %p.1 = f32[8]{0} parameter(0)
+  ROOT %s = f32[8]{0} call(%p.1), to_apply=%inner
+}
+
+ENTRY %main (x: f32[8], flag: pred[]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  %flag = pred[] parameter(1)
+  %small = bf16[2]{0} parameter(2)
+  %within = f32[8]{0} all-reduce(%x), replica_groups={{0,1},{2,3}}, to_apply=%add
+  %all = bf16[2]{0} all-reduce(%small), replica_groups={}, to_apply=%add
+  ROOT %y = f32[8]{0} conditional(%flag, %x, %x), branch_computations={%stay, %sync}
+}
+"""
+    found = messages(text, 4, lambda device: device // 2)
+    assert found == Messages(always=4, in_branch=32)
