@@ -19,7 +19,6 @@ that were chosen the mean and how many were at a bound.
 
 import argparse
 import pathlib
-import platform
 import sys
 from functools import partial
 from typing import Any, NamedTuple
@@ -28,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from timing import Parser, environment, markdown, write_rows
 from tqdm import tqdm
 
 from optax_lookahead import adam_curvature, line_minimum, lookahead, outer_loop
@@ -145,32 +145,35 @@ def train_all(args: argparse.Namespace) -> dict[tuple[Form, float], Run]:
 
 
 def print_table(runs, args: argparse.Namespace) -> None:
-    print(
-        f"jax {jax.__version__}, optax {optax.__version__}, "
-        f"{jax.devices()[0].device_kind} ({platform.machine()}), Adam, k = {args.k}, "
-        f"{args.steps} updates of {BATCH} images, {args.seeds} seeds\n\n"
-        "| rate | form | gradient | train loss | test % | mean alpha "
-        f"| at {MIN_ALPHA:g} | at {MAX_ALPHA:g} |\n|---|---|---|---|---|---|---|---|"
-    )
+    rows = []
     for rate in args.rates:
         for form in FORMS:
             run = runs[form, rate]
-            alphas = "| | | |"
-            if run.alphas.size:
-                low, high = (
-                    100 * np.mean(np.isclose(run.alphas, x))
-                    for x in (MIN_ALPHA, MAX_ALPHA)
-                )
-                alphas = f"| {run.alphas.mean():.2f} | {low:.0f} % | {high:.0f} % |"
-            print(
-                f"| {rate:g} | {form.name} | {form.gradient} "
-                f"| {run.loss.mean():.4f} ± {run.loss.std():.4f} "
-                f"| {run.test.mean():.1f} ± {run.test.std():.1f} {alphas}"
+            row = {
+                "rate": f"{rate:g}",
+                "form": form.name,
+                "gradient": form.gradient,
+                "train loss": f"{run.loss.mean():.4f} ± {run.loss.std():.4f}",
+                "test %": f"{run.test.mean():.1f} ± {run.test.std():.1f}",
+            } | dict.fromkeys(
+                ("mean alpha", f"at {MIN_ALPHA:g}", f"at {MAX_ALPHA:g}"), ""
             )
+            if run.alphas.size:
+                row["mean alpha"] = f"{run.alphas.mean():.2f}"
+                for bound in (MIN_ALPHA, MAX_ALPHA):
+                    share = 100 * np.mean(np.isclose(run.alphas, bound))
+                    row[f"at {bound:g}"] = f"{share:.0f} %"
+            rows.append(row)
+    print(
+        f"{environment()}, Adam, k = {args.k}, {args.steps} updates of {BATCH} images, "
+        f"{args.seeds} seeds\n\n{markdown(rows)}"
+    )
+    write_rows(args.json, rows)
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_json()
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--k", type=int, default=5, help="updates in a cycle")
     parser.add_argument("--steps", type=int, default=600, help="updates in a run")

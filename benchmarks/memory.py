@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from forms import ALONE, INNERS, UPSTREAM, Form, optimizer_step, tree
-from timing import Parser, environment, markdown, nbytes, progress
+from timing import Parser, environment, markdown, nbytes, progress, write_rows
 
 from optax_lookahead import lookahead, outer_loop
 
@@ -100,6 +100,7 @@ def measure(policy: str, inner: str, dtypes: str, size: int) -> dict[str, Any]:
 def main() -> None:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a hundredth of the size")
+    parser.add_json()
     args = parser.parse_args()
     size = 5_000 if args.quick else 500_000
     cases = [
@@ -112,6 +113,7 @@ def main() -> None:
     rows = [measure(*case, size) for case in progress(cases, "form")]
     print(f"{environment()}, {LEAVES} x {size:,} parameters, bytes per parameter")
     print(markdown(rows))
+    write_rows(args.json, rows)
 
 
 if __name__ == "__main__":

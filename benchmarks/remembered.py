@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 from optax import contrib
 from sklearn.datasets import load_digits
-from timing import Parser, environment, markdown, progress
+from timing import Parser, environment, markdown, progress, write_rows
 
 from optax_lookahead import LookaheadState, lookahead, slow_params
 
@@ -97,6 +97,7 @@ def results_of(inner, updates: int, batch: int, seeds: int) -> dict[str, jax.Arr
 def main() -> None:
     parser = Parser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="few updates, one seed")
+    parser.add_json()
     args = parser.parse_args()
     updates, seeds = (30, 1) if args.quick else (2000, 5)
     print(environment())
@@ -110,6 +111,7 @@ def main() -> None:
         rows.append({"inner": name} | means)
     print(f"\nMean training loss, {updates} updates (lbfgs: a tenth), {seeds} seeds\n")
     print(markdown(rows))
+    write_rows(args.json, rows)
 
 
 if __name__ == "__main__":

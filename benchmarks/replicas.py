@@ -15,7 +15,6 @@ this machine and for four replicas on it, temporaries and time.
 """
 
 import itertools
-import json
 import pathlib
 import re
 import sys
@@ -28,7 +27,16 @@ import optax
 import tpu_aot
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from timing import Parser, Program, environment, markdown, progress, ratio, side_by_side
+from timing import (
+    Parser,
+    Program,
+    environment,
+    markdown,
+    progress,
+    ratio,
+    side_by_side,
+    write_rows,
+)
 
 from optax_lookahead import average_replicas, outer_loop
 
@@ -168,7 +176,7 @@ def check_claim(counts: dict[tuple[str, int, str], Counts]) -> None:
 def main() -> None:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one slice, two layers")
-    parser.add_argument("--json", type=pathlib.Path, help="where to write the rows")
+    parser.add_json()
     args = parser.parse_args()
     tpu_aot.load_libtpu()
     slices, replicas, layers = SLICES, REPLICAS, 8
@@ -186,8 +194,7 @@ def main() -> None:
     ]
     cpu = measure_cpu(1 if args.quick else 20)
     print(f"{environment()}\n\n{markdown(rows)}\n\nCPU, 4 replicas\n\n{markdown(cpu)}")
-    if args.json:
-        args.json.write_text(json.dumps({"tpu": rows, "cpu": cpu}, indent=1) + "\n")
+    write_rows(args.json, rows + cpu)
     check_claim(counts)
 
 

@@ -28,6 +28,7 @@ from timing import (
     progress,
     ratio,
     side_by_side,
+    write_rows,
 )
 
 K, SIZE, LEAVES = 5, 1_000, 20
@@ -148,6 +149,7 @@ def main() -> None:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="under a minute")
     parser.add_argument("--out", type=pathlib.Path, metavar="PNG")
+    parser.add_json()
     args = parser.parse_args()
     if args.out and not args.out.parent.is_dir():
         parser.error(f"the folder of {args.out} does not exist.")
@@ -160,7 +162,7 @@ def main() -> None:
     by_leaves = list(itertools.chain(*rows[: len(leaves)]))
     by_floats = list(itertools.chain(*rows[len(leaves) :]))
     print(f"{environment()}, adam, k = {K}\n")
-    table = [
+    leaves_table = [
         {
             "leaves": f"{row.leaves:,}",
             "form": row.form,
@@ -172,7 +174,7 @@ def main() -> None:
         }
         for row in by_leaves
     ]
-    print(markdown(table))
+    print(markdown(leaves_table))
     for form in STYLES:
         fits = [
             f"{what} {exponent(of(form, by_leaves), what):.2f}"
@@ -190,6 +192,7 @@ def main() -> None:
         for row in by_floats
     ]
     print(markdown(table))
+    write_rows(args.json, leaves_table + table)
     if args.out:
         draw(by_leaves, by_floats, args.out)
     wrong = violations(by_leaves)

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from sklearn.datasets import load_digits
-from timing import Parser, environment, markdown
+from timing import Parser, environment, markdown, write_rows
 from tqdm import tqdm
 
 from optax_lookahead import lookahead, slow_params
@@ -153,6 +153,7 @@ def main() -> None:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a small sample")
     parser.add_argument("--steps", type=int, default=500, help="of a training run")
+    parser.add_json()
     args = parser.parse_args()
     if args.steps < 1:
         parser.error(f"--steps must be at least 1, got {args.steps}.")
@@ -209,6 +210,7 @@ def main() -> None:
         for form, s in seconds.items()
     ]
     print(f"{environment()}, {len(GRID)} runs of {steps} steps\n\n{markdown(rows)}")
+    write_rows(args.json, rows)
     print(
         f"\nWithout compiling, the vmap takes {training_seconds:.1f} s. The others are "
         f"scaled up from {len(sample)} runs,\nwhich differ from the vmap's by at most "

@@ -2,7 +2,9 @@
 
 import argparse
 import functools
+import json
 import os
+import pathlib
 import platform
 import re
 import statistics
@@ -178,7 +180,22 @@ def progress(items: Sequence[Any], unit: str) -> Iterable[Any]:
     return tqdm(items, unit=unit, leave=False)
 
 
+def write_rows(file: pathlib.Path | None, rows: list[dict[str, Any]]) -> None:
+    """Writes the rows of a table and where they are from, if a file is given."""
+    if file:
+        text = {"environment": environment(), "rows": rows}
+        file.write_text(json.dumps(text, indent=1, default=str) + "\n")
+
+
 class Parser(argparse.ArgumentParser):
+    def add_json(self) -> None:
+        self.add_argument(
+            "--json",
+            type=pathlib.Path,
+            metavar="FILE",
+            help="for the rows",
+        )
+
     def error(self, message: str) -> NoReturn:
         # One line, without argparse's usage before it.
         self.exit(2, f"{self.prog}: error: {message}\n")

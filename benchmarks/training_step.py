@@ -39,6 +39,7 @@ from timing import (
     progress,
     ratio,
     side_by_side,
+    write_rows,
 )
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "examples"))
@@ -217,6 +218,7 @@ def main() -> None:
     parser.add_argument(
         "--seconds", type=float, default=40, help="to time the forms of an optimizer"
     )
+    parser.add_json()
     args = parser.parse_args()
     if args.seconds <= 0:
         parser.error(f"--seconds must be positive, got {args.seconds:g}.")
@@ -231,6 +233,7 @@ def main() -> None:
         for row in measure(task, inner, names, seconds, compilations):
             rows.append({"task, parameters": f"{name}, {count:,}"} | row)
     print(f"{environment()}, float32, k = {K}\n\n{markdown(rows)}")
+    write_rows(args.json, rows)
 
 
 if __name__ == "__main__":
