@@ -111,6 +111,12 @@ FORMS: dict[str, Callable[[optax.GradientTransformation, int], Any]] = {
     COND: lambda inner, k: naive(inner, k, cond),
     LOOP_COND: LoopCond,
 }
+# Of `lookahead`, with other things done to the inner state at a sync.
+RESET, INTERPOLATE = f"{OURS}, reset", f"{OURS}, interpolate"
+POLICIES: dict[str, Callable[[optax.GradientTransformation, int], Any]] = {
+    RESET: lambda inner, k: lookahead(inner, k, ALPHA, inner_state="reset"),
+    INTERPOLATE: lambda inner, k: lookahead(inner, k, ALPHA, inner_state="interpolate"),
+}
 
 
 class Form:

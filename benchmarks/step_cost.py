@@ -21,6 +21,7 @@ Everything at once would be thousands of programs, so these slices of it are mea
     leaves   10,000,000 floats in 1 to 2,000 leaves     adam, k = 5
     dtypes   bfloat16, slow weights too or float32      20 x 500,000, k = 5
     k        1, 5, 10 and 50                            20 x 100,000 float32
+    policies reset and interpolate                      20 x 500,000 float32, k = 5
 
     python benchmarks/step_cost.py
     python benchmarks/step_cost.py --quick    # some of each, at a small size
@@ -46,6 +47,7 @@ from forms import (
     LOOP_COND,
     NESTEROV,
     OURS,
+    POLICIES,
     UPSTREAM,
     WHERE,
     WIDE,
@@ -106,6 +108,10 @@ def cases() -> list[Case]:
             for inner in ("sgd", "adam")
             for k in (1, 5, 10, 50)
         ),
+        *(
+            Case("policies", inner, forms=[ALONE, OURS, *POLICIES])
+            for inner in ("momentum", "adam")
+        ),
     ]
 
 
@@ -127,7 +133,9 @@ def quick_cases() -> list[Case]:
 
 def programs_of(case: Case) -> dict[str, Program]:
     inner = INNERS[case.inner]
-    forms = {name: Form(name, FORMS[name](inner, case.k)) for name in case.forms}
+    forms = {
+        name: Form(name, (FORMS | POLICIES)[name](inner, case.k)) for name in case.forms
+    }
     params = tree(case.leaves, case.size, case.dtype, seed=0)
     grads = tree(case.leaves, case.size, case.dtype, seed=1)
     programs = {

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from forms import ALONE, FORMS, INNERS, NESTEROV, OURS, UPSTREAM, Form
+from forms import ALONE, FORMS, INNERS, NESTEROV, OURS, POLICIES, UPSTREAM, Form
 from timing import (
     Parser,
     Program,
@@ -49,7 +49,11 @@ import nnx_language_model as language
 K = 5
 AGAIN = f"{ALONE}, again"
 QUICK_ROWS = {name: name for name in (ALONE, OURS)}
-ROWS = QUICK_ROWS | {NESTEROV: NESTEROV, UPSTREAM: UPSTREAM, AGAIN: ALONE}
+ROWS = (
+    QUICK_ROWS
+    | {name: name for name in (NESTEROV, UPSTREAM, *POLICIES)}
+    | {AGAIN: ALONE}
+)
 
 
 class Task(NamedTuple):
@@ -170,7 +174,8 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Returns a row for each form, with the seconds given to timing all of them."""
     forms = {
-        name: Form(form, FORMS[form](INNERS[inner], K)) for name, form in names.items()
+        name: Form(form, (FORMS | POLICIES)[form](INNERS[inner], K))
+        for name, form in names.items()
     }
     carries = {
         name: (*form.init(task.params), jnp.zeros([])) for name, form in forms.items()

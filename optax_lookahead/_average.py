@@ -18,7 +18,7 @@ def average_replicas(
     For `outer_loop`, at the beginning of the outer optimizer's chain. Each replica
     takes its inner steps alone; at a sync, and only then, the replicas communicate,
     and what follows in the chain is given the way back from the mean of their fast
-    weights::
+    weights:
 
         pseudo_grads_r = phi_r - mean_s(theta_s)
 
@@ -77,10 +77,10 @@ def average_replicas(
       0.688 0.688
 
     References:
-      Stich, `Local SGD Converges Fast and Communicates Little
-      <https://arxiv.org/abs/1805.09767>`_, 2019, Algorithm 1. Wang, Tantia, Ballas,
-      Rabbat, `SlowMo <https://arxiv.org/abs/1910.00643>`_, 2019, Algorithm 1. Douillard
-      et al., `DiLoCo <https://arxiv.org/abs/2311.08105>`_, 2023, Algorithm 1.
+      Stich, [Local SGD Converges Fast and Communicates
+      Little](https://arxiv.org/abs/1805.09767), 2019, Algorithm 1. Wang, Tantia,
+      Ballas, Rabbat, [SlowMo](https://arxiv.org/abs/1910.00643), 2019, Algorithm 1.
+      Douillard et al., [DiLoCo](https://arxiv.org/abs/2311.08105), 2023, Algorithm 1.
     """
     _check_axis(axis_name)
 
@@ -140,7 +140,7 @@ def _like(updates: Any, finite: Any) -> Any:
 
 # What passes into a branch and out of it has to stand in memory. With one branch for
 # all parameters that is 5 copies of them on a TPU v5e 4x4 (8 layers, 4 replicas of 4)
-# and 2 on a GPU; in parts it is 0.6 and 0.1. A branch for each array would take a GPU
+# and 2 on a GPU; in parts it is 0.6 and 0.2. A branch for each array would take a GPU
 # 40 % longer, with 200 of them, and these take 4 %.
 _PARTS = 16
 

@@ -17,7 +17,7 @@ def adam_curvature(
 ) -> Callable[[optax.OptState], Any]:
     """Returns a curvature for `line_minimum` from the second moment that Adam keeps.
 
-    With nu the moving average of the squared gradients, and t the steps in it::
+    With nu the moving average of the squared gradients, and t the steps in it:
 
         A = (nu / (1 - b2^t)) ** power
 
@@ -51,9 +51,9 @@ def adam_curvature(
       [1. 9.]
 
     References:
-      Zhang, Lucas, Hinton, Ba, `Lookahead Optimizer: k steps forward, 1 step back
-      <https://arxiv.org/abs/1907.08610>`_, 2019, section 2.1. Kingma, Ba, `Adam
-      <https://arxiv.org/abs/1412.6980>`_, 2015.
+      Zhang, Lucas, Hinton, Ba, [Lookahead Optimizer: k steps forward, 1 step
+      back](https://arxiv.org/abs/1907.08610), 2019, section 2.1. Kingma, Ba,
+      [Adam](https://arxiv.org/abs/1412.6980), 2015.
     """
     _check_arguments(b2, power)
 

@@ -39,7 +39,7 @@ def line_minimum(
     For `outer_loop`: at each sync it picks one step size for all parameters, the
     alpha in `[min_alpha, max_alpha]` for which a quadratic model of the loss with a
     diagonal curvature A is least on the line from the slow weights phi to the fast
-    ones theta::
+    ones theta:
 
         d       = theta_{t,k} - phi_{t-1}
         alpha*  = 1 - g.d / (d.A d), clipped        g: gradient at theta_{t,k}
@@ -111,8 +111,8 @@ def line_minimum(
       15 0.0034 1.00
 
     References:
-      Zhang, Lucas, Hinton, Ba, `Lookahead Optimizer: k steps forward, 1 step back
-      <https://arxiv.org/abs/1907.08610>`_, 2019, Proposition 1, which has the
+      Zhang, Lucas, Hinton, Ba, [Lookahead Optimizer: k steps forward, 1 step
+      back](https://arxiv.org/abs/1907.08610), 2019, Proposition 1, which has the
       minimiser theta - A^-1 g of the model in place of g.
     """
     _check_curvature(curvature)

@@ -21,7 +21,7 @@ def lookahead(
 
     The parameters of the training loop are the fast weights theta; the state carries
     the slow weights phi. Every update takes one step of `inner`; every k-th one also
-    moves the slow weights towards the fast ones, which restart from there::
+    moves the slow weights towards the fast ones, which restart from there:
 
         theta_{t,0} = phi_{t-1}
         theta_{t,i} = theta_{t,i-1} + inner(...)                    i = 1, ..., k
@@ -114,8 +114,8 @@ def lookahead(
       15 1.1126
 
     References:
-      Zhang, Lucas, Hinton, Ba, `Lookahead Optimizer: k steps forward, 1 step back
-      <https://arxiv.org/abs/1907.08610>`_, 2019, Algorithm 1.
+      Zhang, Lucas, Hinton, Ba, [Lookahead Optimizer: k steps forward, 1 step
+      back](https://arxiv.org/abs/1907.08610), 2019, Algorithm 1.
     """
     check_alpha(alpha)
     check_inner_state(inner_state)
@@ -133,7 +133,7 @@ def outer_loop(
     """Lets an outer optimizer take a step after every k steps of an inner one.
 
     It is given the way that the inner optimizer went, with the sign of a gradient, and
-    the slow weights as its parameters::
+    the slow weights as its parameters:
 
         theta_{t,0} = phi_{t-1}
         theta_{t,i} = theta_{t,i-1} + inner(...)                    i = 1, ..., k
@@ -154,10 +154,8 @@ def outer_loop(
         and a schedule inside it counts syncs. It sees the floating and complex leaves
         of the parameters, the others as `optax.MaskedNode`. Extra arguments of
         `update` are forwarded to it, and those in a dict `outer_args` to it alone.
-        One is added: `fast`, a tuple with the fields `grads` and `updates` (of the
-        inner step that ends the cycle), `state` (of `inner` after it), `sync`
-        (whether the outer step counts) and `finite` (which elements of the gradient
-        were finite; the others are 0).
+        One is added: `fast`, a `FastSide`, which tells of the inner step that ends the
+        cycle.
       k: As in `lookahead`.
       inner_state: `"keep"`, `"reset"` or a function, as in `lookahead`. There is no
         `"interpolate"`, as an outer optimizer has no fraction to move by.
@@ -192,11 +190,11 @@ def outer_loop(
       15 0.0595
 
     References:
-      Kallusky, Rao, Nandavanam, Shi, `SNOO: Step-K Nesterov Outer Optimizer
-      <https://arxiv.org/abs/2510.15830>`_, 2025. Douillard et al., `DiLoCo
-      <https://arxiv.org/abs/2311.08105>`_, 2023, Algorithm 1. Thérien et al., `MuLoCo
-      <https://arxiv.org/abs/2505.23725>`_, 2025. Wang, Tantia, Ballas, Rabbat, `SlowMo
-      <https://arxiv.org/abs/1910.00643>`_, 2019, Algorithm 1.
+      Kallusky, Rao, Nandavanam, Shi, [SNOO: Step-K Nesterov Outer
+      Optimizer](https://arxiv.org/abs/2510.15830), 2025. Douillard et al.,
+      [DiLoCo](https://arxiv.org/abs/2311.08105), 2023, Algorithm 1. Thérien et al.,
+      [MuLoCo](https://arxiv.org/abs/2505.23725), 2025. Wang, Tantia, Ballas, Rabbat,
+      [SlowMo](https://arxiv.org/abs/1910.00643), 2019, Algorithm 1.
     """
     check_transformation("outer", outer)
     check_inner_state(inner_state, outer)

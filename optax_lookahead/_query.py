@@ -21,7 +21,7 @@ def slow_params(
     """Returns the slow weights, the ones to evaluate and to save.
 
     Within a cycle they are the state's; at the start of one, which is right after a
-    sync too, they are `params`::
+    sync too, they are `params`:
 
         phi = params if steps_since_sync == 0 else state.slow_params
 
@@ -62,8 +62,8 @@ def slow_params(
       [3.] [3.5]
 
     References:
-      Zhang, Lucas, Hinton, Ba, `Lookahead Optimizer: k steps forward, 1 step back
-      <https://arxiv.org/abs/1907.08610>`_, 2019, Algorithm 1, which returns phi.
+      Zhang, Lucas, Hinton, Ba, [Lookahead Optimizer: k steps forward, 1 step
+      back](https://arxiv.org/abs/1907.08610), 2019, Algorithm 1, which returns phi.
     """
     states = [
         node

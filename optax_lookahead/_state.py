@@ -1,5 +1,6 @@
 """The state, what an outer optimizer is told, and choosing between two trees."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -52,13 +53,48 @@ AverageReplicasState.__module__ = "optax_lookahead"
 
 
 class FastSide(NamedTuple):
-    """What an outer optimizer is told, as `fast`, about the end of a cycle."""
+    """What an outer optimizer is told about the inner side, as the argument `fast`.
 
-    grads: optax.Updates  # what the last inner step was given,
-    updates: optax.Updates  # what it returned,
-    state: optax.OptState  # and its state after that
-    sync: jax.typing.ArrayLike  # whether the outer step counts; shape=(), dtype=bool
-    finite: Any  # which pseudo-gradients were finite; like them, dtype=bool
+    `outer_loop` passes it to the `update` of its outer optimizer, beside the
+    pseudo-gradients and the slow weights. Trees are like the parameters.
+
+    Attributes:
+      grads: What the inner optimizer was given in the step that ends the cycle.
+      updates: What it returned.
+      state: Its state after that.
+      sync: Whether the outer step counts; shape=(), dtype=bool. On other steps the
+        result is dropped, and the pseudo-gradients are 1.
+      finite: Which elements of the pseudo-gradients were finite, dtype=bool. The others
+        are 0.
+
+    Examples:
+      An outer optimizer that stands still where the last inner update was small:
+
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from optax_lookahead import outer_loop
+      >>> def update(pseudo_grads, state, params=None, *, fast, **extra_args):
+      ...     far = optax.tree.norm(fast.updates) > 0.1
+      ...     step = jax.tree.map(lambda g: jnp.where(far, -g, 0.0), pseudo_grads)
+      ...     return step, state
+      >>> outer = optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+      >>> tx = outer_loop(optax.sgd(0.1), outer, k=2)
+      >>> w = jnp.array([4.0])
+      >>> state = tx.init(w)
+      >>> for _ in range(4):
+      ...     updates, state = tx.update(w, state, w)
+      ...     w = optax.apply_updates(w, updates)
+      >>> print(f"{w[0]:.2f}")
+      2.62
+    """
+
+    grads: optax.Updates
+    updates: optax.Updates
+    state: optax.OptState
+    sync: jax.typing.ArrayLike
+    finite: Any
+
+
+FastSide.__module__ = "optax_lookahead"
 
 
 def select(condition: jax.typing.ArrayLike, new: Any, old: Any) -> Any:
@@ -111,9 +147,13 @@ def is_finite(x: Any, p: Any) -> Any:
         return True
     if jnp.iscomplexobj(x):
         return is_finite(x.real, p) & is_finite(x.imag, p)
-    dtype, largest = jnp.result_type(x), jnp.finfo(jnp.result_type(p)).max
-    own = jnp.finfo(dtype)
-    if own.bits >= 32 and float(own.max) <= float(largest):
+    own, held = (jnp.finfo(jnp.result_type(y)) for y in (x, p))
+    if own.bits >= 32 and own.max <= held.max:
         return jax.lax.is_finite(x)
-    # Not by `astype` and `isfinite`: compilers may leave out the rounding.
-    return jnp.abs(x) <= min(float(own.max), float(largest))
+    # Not by `astype` and `isfinite`: compilers may leave out the rounding. From half a
+    # step above the largest number on it would be to infinity.
+    narrow = own if own.max <= held.max else held
+    largest = float(narrow.max)
+    half_a_step = 2.0 ** (math.frexp(largest)[1] - 2) * float(narrow.eps)
+    wide = jnp.asarray(x, jnp.float32) if own.bits < 32 else x
+    return jnp.abs(wide) < largest + half_a_step

@@ -17,6 +17,7 @@ from compiling import as_shipped
 from rows import dear_but
 
 from optax_lookahead import lookahead, outer_loop, slow_params
+from optax_lookahead._state import is_finite
 
 SIZE, STEPS, K, RATE = 400, 24, 3, 0.25
 DTYPES = {
@@ -322,3 +323,19 @@ def test_moments_that_are_no_number_are_cleared_by_a_reset_or_by_a_new_state():
     _, kept = tx.update(jnp.ones(2), state, params)  # ends the cycle
     assert np.all(np.isfinite(kept.fast_state[0].mu))
     assert np.all(np.isfinite(tx.init(params).fast_state[0].mu))
+
+
+@pytest.mark.parametrize(
+    "dtype", ["float16", "bfloat16", "float8_e5m2", "float8_e4m3fn", "float8_e3m4"]
+)
+def test_what_rounds_to_infinity_is_not_finite_and_all_else_is(dtype):
+    largest = np.float32(jnp.finfo(dtype).max)
+    with np.errstate(over="ignore"):
+        x = largest * np.linspace(0.99, 1.15, 100_001, dtype=np.float32)
+        stored = x.astype(jnp.dtype(dtype)).astype(np.float32)
+    p = jnp.zeros((), dtype)
+    np.testing.assert_array_equal(is_finite(jnp.asarray(x), p), np.isfinite(stored))
+    # And of what is stored already, the infinite alone.
+    held = jnp.asarray([-largest, largest, 0.0]).astype(dtype)
+    assert is_finite(held, p).all()
+    assert not is_finite(jnp.asarray([np.nan, np.inf]).astype(dtype), p).any()

@@ -13,12 +13,12 @@ ROOT = pathlib.Path(optax_lookahead.__file__).parent
 
 def test_the_public_names_are_these():
     public = {name for name in vars(optax_lookahead) if not name.startswith("_")}
-    modules = {"importlib"}
-    assert public - modules == {
+    assert public == {
         "lookahead",
         "outer_loop",
         "slow_params",
         "LookaheadState",
+        "FastSide",
         "average_replicas",
         "line_minimum",
         "adam_curvature",
@@ -45,7 +45,8 @@ def test_the_version_is_the_distributions():
     version = importlib.metadata.version("optax-lookahead")
     assert optax_lookahead.__version__ == version
     changelog = (ROOT.parent / "CHANGELOG.md").read_text()
-    assert f"## {version}" in changelog
+    assert f"## {version}\n" in changelog
+    assert f"\nversion: {version}\n" in (ROOT.parent / "CITATION.cff").read_text()
 
 
 def test_type_information_is_shipped():
@@ -60,3 +61,9 @@ def test_importing_it_leaves_jax_free_to_choose_its_devices():
         "assert jax.device_count('cpu') == 3\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_pre_commit_has_the_pinned_linter():
+    root = ROOT.parent
+    pinned = re.search(r'"ruff==([\d.]+)"', (root / "pyproject.toml").read_text())[1]
+    assert f"rev: v{pinned}\n" in (root / ".pre-commit-config.yaml").read_text()

@@ -1,0 +1,74 @@
+# pyright: strict, reportUnnecessaryTypeIgnoreComment=true, reportMissingTypeStubs=false
+"""What a user's type checker makes of the public names: pyright reads it, nobody runs it.
+
+Each `ignore` is a claim too: pyright says so where there is nothing to ignore.
+"""
+
+from typing import Any, assert_type
+
+import jax
+import optax
+
+from optax_lookahead import (
+    FastSide,
+    LineMinimumState,
+    LookaheadState,
+    adam_curvature,
+    average_replicas,
+    line_minimum,
+    lookahead,
+    outer_loop,
+    slow_params,
+)
+
+Transformation = optax.GradientTransformationExtraArgs
+
+
+def constructors(inner: optax.GradientTransformation, k: jax.Array) -> None:
+    assert_type(lookahead(inner), Transformation)
+    assert_type(lookahead(inner, 5, 0.5), Transformation)
+    assert_type(lookahead(inner, k, lambda count: 0.5), Transformation)
+    assert_type(lookahead(inner, inner_state="interpolate"), Transformation)
+    assert_type(lookahead(inner, slow_dtype="float32"), Transformation)
+    outer = optax.chain(average_replicas("replica"), optax.sgd(0.7))
+    assert_type(outer_loop(inner, outer, k=30), Transformation)
+    assert_type(outer_loop(inner, line_minimum(adam_curvature()), 5), Transformation)
+    assert_type(average_replicas(("replica", "pod")), Transformation)
+
+
+def own_policy(state: optax.OptState, fresh: optax.OptState) -> optax.OptState:
+    del fresh
+    return state
+
+
+def mistakes(inner: optax.GradientTransformation) -> None:
+    lookahead(inner, inner_state="resett")  # pyright: ignore[reportArgumentType]
+    lookahead(inner, alpha="half")  # pyright: ignore[reportArgumentType]
+    lookahead(inner, 5, 0.5, "keep")  # pyright: ignore[reportCallIssue]
+    average_replicas(0)  # pyright: ignore[reportArgumentType]
+    outer_loop(inner, 5)  # pyright: ignore[reportCallIssue]
+    lookahead(inner, inner_state=own_policy)
+
+
+def state_and_query(params: optax.Params, opt_state: optax.OptState) -> None:
+    assert_type(slow_params(opt_state, params), optax.Params)
+    assert isinstance(opt_state, LookaheadState)
+    assert_type(opt_state.fast_state, optax.OptState)
+    assert_type(opt_state.slow_params, optax.Params)
+    assert_type(opt_state.sync_count, jax.typing.ArrayLike)
+    assert isinstance(opt_state.outer_state, LineMinimumState)
+
+
+def outer_update(
+    updates: optax.Updates,
+    state: optax.OptState,
+    params: optax.Params | None = None,
+    *,
+    fast: FastSide,
+    **extra_args: Any,
+) -> tuple[optax.Updates, optax.OptState]:
+    del params, extra_args
+    assert_type(fast.grads, optax.Updates)
+    assert_type(fast.state, optax.OptState)
+    assert_type(fast.sync, jax.typing.ArrayLike)
+    return updates, state
