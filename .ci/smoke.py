@@ -27,4 +27,3 @@ for tx in (
         updates, state = update(params, state, params)
         params = optax.apply_updates(params, updates)
     assert jnp.sum(package.slow_params(state, params) ** 2) < 0.1
-print(f"the wheel of {package.__version__} trains")

@@ -1,5 +1,5 @@
 # pyright: strict, reportUnnecessaryTypeIgnoreComment=true, reportMissingTypeStubs=false
-"""What a user's type checker makes of the public names: pyright reads it, nobody runs it.
+"""What a type checker makes of the public names: pyright reads this, nobody runs it.
 
 Each `ignore` is a claim too: pyright says so where there is nothing to ignore.
 """
