@@ -1,6 +1,5 @@
 """A slow step that is chosen at every sync, from the curvature along it."""
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -219,6 +218,9 @@ def _check_curvature(curvature: Any) -> None:
         )
 
 
+_LARGEST = float(jnp.finfo(jnp.float32).max)
+
+
 def _check_alpha_range(min_alpha: Any, max_alpha: Any) -> None:
     """Raises unless the bounds are in order, as far as they are static."""
     bounds = [
@@ -227,7 +229,8 @@ def _check_alpha_range(min_alpha: Any, max_alpha: Any) -> None:
     ]
     known = [value for value in bounds if value is not None]
     in_order = known == sorted(known)
-    if not (in_order and all(0 <= value < math.inf for value in known)):  # NaN too
+    # NaN too, and what would be an infinity in float32.
+    if not (in_order and all(0 <= value <= _LARGEST for value in known)):
         raise ValueError(
             "`min_alpha` and `max_alpha` must be finite with 0 <= min_alpha <= "
             f"max_alpha, got {min_alpha!r} and {max_alpha!r}. Write for example "

@@ -311,6 +311,32 @@ def test_an_ensemble_made_by_nnx_vmap_trains_each_member_by_itself():
     assert np.all(np.asarray(train(models, x)) < np.asarray(before))
 
 
+def test_a_scan_over_model_and_optimizer_takes_the_steps_of_a_loop():
+    x = jnp.ones((4, 2))
+
+    def step(carry, _):
+        model, optimizer = carry
+        grads = nnx.grad(lambda m: jnp.mean((m(x) - 0.5) ** 2))(model)
+        optimizer.update(model, grads)
+        return carry
+
+    trained = []
+    for whole in (nnx.scan(step, in_axes=(nnx.Carry, 0), out_axes=nnx.Carry), None):
+        model = Layer(nnx.Rngs(0))
+        optimizer = nnx.Optimizer(model, lookahead(optax.adam(0.1), 3), wrt=nnx.Param)
+        carry = model, optimizer
+        if whole:
+            model, optimizer = whole(carry, jnp.arange(7))
+        else:
+            for i in range(7):
+                step(carry, i)
+        slow = slow_params(optimizer.opt_state, nnx.state(model, nnx.Param))
+        trained.append((nnx.state(model), slow, nnx.state(optimizer.opt_state)))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), *trained
+    )
+
+
 def test_only_the_parameters_that_a_filter_names_have_slow_weights():
     model = nnx.Sequential(
         nnx.LoRA(

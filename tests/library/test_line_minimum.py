@@ -479,7 +479,15 @@ def test_no_adam_or_several(inner, found):
 
 
 @pytest.mark.parametrize(
-    "bounds", [(0.6, 0.5), (-0.1, 1), (0, np.inf), (np.nan, 1), (0, np.float32("nan"))]
+    "bounds",
+    [
+        (0.6, 0.5),
+        (-0.1, 1),
+        (0, np.inf),
+        (0, 1e39),
+        (np.nan, 1),
+        (0, np.float32("nan")),
+    ],
 )
 def test_bounds_out_of_order_or_not_finite(bounds):
     message = (
