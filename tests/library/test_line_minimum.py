@@ -676,6 +676,7 @@ def pmean_first(axis_name):
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
+@pytest.mark.dear
 @pytest.mark.skipif(
     jax.__version_info__ < (0, 7), reason="JAX 0.6 tells nobody what differs"
 )

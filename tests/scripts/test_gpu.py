@@ -50,6 +50,7 @@ def test_kernels_are_counted_as_by_hand():
     assert kernels(PROGRAM) == 3
 
 
+@pytest.mark.dear
 def test_when_the_budget_is_spent_every_row_says_so(tmp_path):
     path = tmp_path / "gpu.json"
     result = run_here(gpu.main, "--quick", "--budget", 0, "--json", path)
