@@ -18,8 +18,8 @@ something. Float32 matrices are multiplied as JAX does by default, here in TF32.
 Results are written after every program. What fails, for lack of memory say, is a row
 that says so, and so is what would start when `--budget` seconds are spent.
 
-    python benchmarks/gpu.py --json benchmarks/results/gpu.json    # eight minutes at most
-    python benchmarks/gpu.py --quick                       # small, also on a CPU
+    python benchmarks/gpu.py --json benchmarks/results/gpu.json    # eight minutes
+    python benchmarks/gpu.py --quick    # small, also on a CPU
     python benchmarks/gpu.py --from-json benchmarks/results/gpu.json
 """
 

@@ -262,6 +262,9 @@ def main() -> None:
         default=sys.executable,
         help="a Python with TensorFlow Addons",
     )
+    parser.add_argument(
+        "--json", type=pathlib.Path, metavar="FILE", help="for the rows"
+    )
     args = parser.parse_args()
     if args.rounds < 2:
         parser.error(f"--rounds must be at least 2, got {args.rounds}.")
@@ -295,6 +298,7 @@ def main() -> None:
             ", ".join(f"{name} {version}" for name, version in versions.items())
             + f", CPU ({platform.machine()}, {cores} cores)"
         )
+        every = []
         for size in sizes:
             rows = []
             with tqdm(total=len(INNERS) * rounds, unit="round") as bar:
@@ -304,6 +308,10 @@ def main() -> None:
             print_table(rows, leaves, size, rounds)
             for line in missing:
                 print(f"| | | {line} | | | | | |")
+            every += [{"leaves": leaves, "size": size} | row._asdict() for row in rows]
+        if args.json:
+            text = {"versions": versions, "rows": every}
+            args.json.write_text(json.dumps(text, indent=1) + "\n")
     except PeerError as error:
         stop(str(error))
     finally:
