@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ._slow_step import SlowUpdate
+from ._slow_step import OuterUpdate, SlowUpdate
 from ._state import common_dtype, is_finite, is_inexact, select
 
 
@@ -98,7 +98,9 @@ class AsWide(Way):
         p, u, phi = self.p, self.u, self.phi
         back = step.from_fast(self.pseudo_grad)
         there = _added(p, jnp.asarray(u, back.dtype) + back)
-        arrives = self.finite & is_finite(there, p)
+        arrives = is_finite(there, p)
+        if isinstance(step, OuterUpdate):  # which may move what it was given 0 for
+            arrives &= self.finite
         # Masked here, not in the condition: that would be an array, and a copy of `u`.
         landing = jnp.asarray(u, back.dtype) + jnp.where(arrives, back, 0)
         # As it is stored: the loop adds an update of this dtype. And not
