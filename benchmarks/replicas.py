@@ -4,10 +4,10 @@ For TPU v5e, compiled ahead of time on a machine that has none: a decoder of 8 l
 whose parameters each of R replicas holds once, split over its chips. Counted for the
 optimizer's part of a step, of `outer_loop` around Adam with a Nesterov outer step,
 with and without `average_replicas` before it, and of Adam after an average of the
-gradients in every step: what a chip hands to collectives across replicas, the
-temporaries, and the bytes read and written in HBM by a step that syncs and by one that
-does not, all in units of N, the bytes of the parameters on a chip. Then, on the CPU of
-this machine and for four replicas on it, temporaries and time.
+gradients in every step: what a chip hands to collectives across replicas, temporaries,
+and the bytes read and written in HBM by a step that syncs and by one that does not, all
+in units of N, the bytes of the parameters on a chip; and the collectives in a program.
+Then, on the CPU of this machine and for four replicas on it, temporaries and time.
 
     python -m pip install -e ".[tpu-aot]"
     python benchmarks/replicas.py
@@ -41,7 +41,7 @@ from timing import (
 from optax_lookahead import average_replicas, outer_loop
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "examples"))
-from messages import BRANCHES, computations, messages
+from messages import BRANCHES, COLLECTIVE, computations, messages
 
 SLICES = {"4x4": 16, "16x16": 256}
 REPLICAS = 2, 4, 16
@@ -57,10 +57,11 @@ FORMS = {
 
 
 class Counts(NamedTuple):
-    """Of a compiled step, all in units of N."""
+    """Of a compiled step, all but the collectives in units of N."""
 
     sent: float  # in every step
     sent_at_sync: float  # and by one that syncs, besides
+    collectives: int  # instructions of the program, in a branch or not
     temporaries: float
     hbm: float  # read and written by a step that does not sync
     hbm_at_sync: float
@@ -115,6 +116,7 @@ def count(slice_name: str, replicas: int, form: str, layers: int) -> Counts:
     return Counts(
         sent.always / unit,
         sent.in_branch / unit,
+        sum(bool(COLLECTIVE.fullmatch(i.op)) for i in tpu_aot.instructions(text)),
         compiled.memory_analysis().temp_size_in_bytes / unit,
         *(total / unit for total in hbm_bytes(text)),
     )
@@ -189,7 +191,10 @@ def main() -> None:
     rows = [
         {"v5e": slice_name, "replicas x chips": f"{r} x {SLICES[slice_name] // r}"}
         | {"form": form}
-        | {name.replace("_", " "): f"{x:.2f}" for name, x in found._asdict().items()}
+        | {
+            name.replace("_", " "): tpu_aot.cell([x])
+            for name, x in found._asdict().items()
+        }
         for (slice_name, r, form), found in counts.items()
     ]
     cpu = measure_cpu(1 if args.quick else 20)

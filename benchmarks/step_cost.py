@@ -22,6 +22,7 @@ Everything at once would be thousands of programs, so these slices of it are mea
     dtypes   bfloat16, slow weights too or float32      20 x 500,000, k = 5
     k        1, 5, 10 and 50                            20 x 100,000 float32
     policies reset and interpolate                      20 x 500,000 float32, k = 5
+    line     line_minimum                               20 x 500,000 float32, k = 5
 
     python benchmarks/step_cost.py
     python benchmarks/step_cost.py --quick    # some of each, at a small size
@@ -40,10 +41,12 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from forms import (
+    ALL,
     ALONE,
     COND,
     FORMS,
     INNERS,
+    LINE,
     LOOP_COND,
     NESTEROV,
     OURS,
@@ -112,6 +115,7 @@ def cases() -> list[Case]:
             Case("policies", inner, forms=[ALONE, OURS, *POLICIES])
             for inner in ("momentum", "adam")
         ),
+        Case("line", "adam", forms=[ALONE, OURS, LINE]),
     ]
 
 
@@ -133,9 +137,7 @@ def quick_cases() -> list[Case]:
 
 def programs_of(case: Case) -> dict[str, Program]:
     inner = INNERS[case.inner]
-    forms = {
-        name: Form(name, (FORMS | POLICIES)[name](inner, case.k)) for name in case.forms
-    }
+    forms = {name: Form(name, ALL[name](inner, case.k)) for name in case.forms}
     params = tree(case.leaves, case.size, case.dtype, seed=0)
     grads = tree(case.leaves, case.size, case.dtype, seed=1)
     programs = {

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from forms import ALONE, FORMS, INNERS, NESTEROV, OURS, POLICIES, UPSTREAM, Form
+from forms import ALL, ALONE, INNERS, NESTEROV, OURS, POLICIES, UPSTREAM, Form
 from timing import (
     Parser,
     Program,
@@ -174,8 +174,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Returns a row for each form, with the seconds given to timing all of them."""
     forms = {
-        name: Form(form, (FORMS | POLICIES)[form](INNERS[inner], K))
-        for name, form in names.items()
+        name: Form(form, ALL[form](INNERS[inner], K)) for name, form in names.items()
     }
     carries = {
         name: (*form.init(task.params), jnp.zeros([])) for name, form in forms.items()

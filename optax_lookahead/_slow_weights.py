@@ -180,7 +180,7 @@ def _way_back(p: Any, u: Any, phi: Any) -> tuple[Any, Any]:
     theta, phi = _added(p, u, dtype), jnp.asarray(phi, dtype)
     finite = is_finite(theta, p)
     # Masked before, too: the difference of two infinities is a NaN, which
-    # `jax_debug_nans` would find.
+    # `jax_debug_nans` would find. Less 0, an infinite phi stays one.
     way = phi - jnp.where(finite, theta, 0)
     finite &= is_finite(way, way)
     return jnp.where(finite, way, 0), finite

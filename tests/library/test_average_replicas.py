@@ -11,6 +11,14 @@ import pytest
 from compiling import as_shipped
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from meshes import make_mesh
+from messages import (
+    BRANCHES,
+    COLLECTIVE,
+    INSTRUCTION,
+    computations,
+    messages,
+    nbytes,
+)
 from rows import dear_but
 
 from optax_lookahead import average_replicas, lookahead, outer_loop, slow_params
@@ -218,37 +226,29 @@ def test_it_is_so_in_every_form_and_with_sharded_replicas(x64, form):
     assert_follows(run(form, tx, START, 7)[0], expected, 3)
 
 
-def computations(text):
-    """Returns the lines of each computation in a compiled program, by its name."""
-    found, name = {}, None
-    for line in text.splitlines():
-        head = re.match(r"(?:ENTRY )?%?([\w.\-]+) .*\{$", line)
-        if head and not line.startswith(" "):
-            name = "ENTRY" if line.startswith("ENTRY") else head[1]
-            found[name] = []
-        elif name:
-            found[name].append(line)
-    return found
-
-
-COLLECTIVE = r" (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)"
-
-
-def collectives(form, tx):
-    """Returns how many each computation has, and which computations are branches."""
-    step, params, state = placed(form, tx, {"w": jnp.asarray(np.tile(START, 16))})
+def compiled_text(form, tx, params):
+    step, params, state = placed(form, tx, params)
     step = step if form == "pmap" else as_shipped(step)
-    text = step.lower(params, state, jnp.ones((R, 1))).compile().as_text()
-    found = computations(text)
-    named = re.findall(
-        r"(?:branch_computations=\{([^}]*)|_computation=([^,\s]*))", text
-    )
-    branches = set(re.findall(r"[\w.\-]+", " ".join(map(" ".join, named))))
-    counts = {
-        name: sum(bool(re.search(COLLECTIVE + r"(-start)?\(", line)) for line in lines)
-        for name, lines in found.items()
+    return step.lower(params, state, jnp.ones((R, 1))).compile().as_text()
+
+
+def collectives(text):
+    """Returns the bytes of each collective, by its computation, and the branches."""
+    bodies, _ = computations(text)
+    branches = {
+        name
+        for several, one in BRANCHES.findall(text)
+        for name in (several.split(", ") if several else [one])
     }
-    return {name: n for name, n in counts.items() if n}, branches
+    sent = {
+        name: [
+            nbytes(found["shape"])
+            for found in map(INSTRUCTION.match, lines)
+            if found and COLLECTIVE.fullmatch(found["op"])
+        ]
+        for name, lines in bodies.items()
+    }
+    return {name: sizes for name, sizes in sent.items() if sizes}, branches
 
 
 @pytest.mark.parametrize(
@@ -261,14 +261,35 @@ def collectives(form, tx):
 def test_what_replicas_say_to_each_other_stands_in_one_branch(form):
     if "shard_map, fsdp" in form and jax.__version_info__ < (0, 7):
         pytest.skip("JAX 0.6 gathers the parameters of a replica in every step there")
+    params = {"w": jnp.asarray(np.tile(START, 16))}
     tx = averaged(optax.adam(0.1), NESTEROV, 3)
-    found, branches = collectives(form, tx)
+    found, branches = collectives(compiled_text(form, tx, params))
     assert found, "the measure sees the collective"
     # One branch of two: the step that does not sync has none.
     (name,) = found
     assert name in branches
-    without, _ = collectives(form, outer_loop(optax.adam(0.1), NESTEROV, 3))
+    tx = outer_loop(optax.adam(0.1), NESTEROV, 3)
+    without, _ = collectives(compiled_text(form, tx, params))
     assert not without
+
+
+@pytest.mark.parametrize("fragments", [1, 2, 4])
+def test_the_largest_message_shrinks_with_the_number_of_fragments(fragments):
+    names = [f"w{i}" for i in range(fragments)]
+    params = {name: jnp.ones((R, 4096 // fragments)) for name in names}
+    tx = optax.partition(
+        {name: averaged(optax.sgd(0.1), optax.sgd(1.0), 4) for name in names},
+        {name: name for name in names},
+    )
+    text = compiled_text("spmd vmap", tx, params)
+    found, branches = collectives(text)
+    # One branch for each fragment, which has a counter of its own.
+    assert len(found) == fragments
+    assert set(found) <= branches
+    # A float32 and a byte for each element.
+    assert {sum(sizes) for sizes in found.values()} == {5 * 4096 // fragments}
+    sent = messages(text, R, lambda device: device)
+    assert (sent.always, sent.in_branch) == (0, 5 * 4096)
 
 
 def test_averaging_adds_at_most_a_copy_and_a_half_of_temporaries():

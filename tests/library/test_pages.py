@@ -181,6 +181,24 @@ def test_the_adaptive_alpha_trains_and_is_shown(capsys):
     assert 0.2 <= float(alpha) <= 1.0
 
 
+@pytest.mark.skipif(
+    not hasattr(jax, "memory"), reason="JAX 0.6 has no `jax.memory`, and one memory"
+)
+def test_slow_weights_that_rest_in_the_hosts_memory_are_those_that_stay():
+    namespace = run_block("surgery-host")
+    state = namespace["state"]
+    assert state.slow_params["w"].sharding.memory_kind == "pinned_host"
+    tx, params = namespace["tx"], {"w": jnp.ones(8)}
+    stay = tx.init(params)
+    for _ in range(5):
+        updates, stay = tx.update(params, stay, params)
+        params = optax.apply_updates(params, updates)
+    assert stay.slow_params["w"].sharding.memory_kind == "device"
+    expected = slow_params(stay, params)
+    for got, wanted in ((namespace["params"], params), (namespace["slow"], expected)):
+        np.testing.assert_allclose(got["w"], wanted["w"], rtol=1e-6)
+
+
 TESTS = [path.read_text() for path in ROOT.glob("tests/*/test_*.py")]
 ASKING = "".join(text for text in TESTS if "run_block" in text)
 OTHERS = [label for label in labelled_blocks() if f'"{label}"' not in ASKING]

@@ -400,3 +400,30 @@ def test_the_anchor_of_the_first_release_is_refused_with_a_recipe_that_works():
         recipe.rstrip("`."), {"state": state, "jax": jax, "tx": tx, "params": params}
     )
     assert_ends_there(go_on(tx, params, state), later)
+
+
+def test_the_slow_weights_alone_are_read_from_a_checkpoint_of_everything(tmp_path):
+    params = initial_params()
+    tx = make("keep")
+    state = tx.init(params)
+    for _ in range(K + 2):
+        updates, state = tx.update(params, state, params)
+        params = optax.apply_updates(params, updates)
+    expected = slow_params(state, params)
+    wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), expected)
+    target = {"opt_state": {"slow_params": wanted}}
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        everything = {"params": params, "opt_state": state}
+        checkpointer.save(tmp_path / "run", args=ocp.args.PyTreeSave(everything))
+        restored = checkpointer.restore(
+            tmp_path / "run",
+            args=ocp.args.PyTreeRestore(
+                item=target,
+                partial_restore=True,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+            ),
+        )
+    assert list(restored["opt_state"]) == ["slow_params"]
+    got = restored["opt_state"]["slow_params"]
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+    assert not np.array_equal(got["w"], params["w"])

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental import serialize_executable
 from training import scanned, trajectory
 
 from optax_lookahead import lookahead, outer_loop, slow_params
@@ -174,6 +175,15 @@ def test_a_step_that_was_exported_goes_on():
     def step(*arguments):
         return result.unflatten(exported.call(*jax.tree.leaves(arguments)))
 
+    assert_goes_on_as_before(step, first=1)
+
+
+def test_a_compiled_step_that_was_serialized_goes_on():
+    arguments = PARAMS, TRIED.init(PARAMS), jnp.asarray(0)
+    compiled = jax.jit(one_step).lower(*arguments).compile()
+    step = serialize_executable.deserialize_and_load(
+        *serialize_executable.serialize(compiled), execution_devices=jax.devices()[:1]
+    )
     assert_goes_on_as_before(step, first=1)
 
 
