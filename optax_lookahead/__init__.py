@@ -21,6 +21,6 @@ from ._line_minimum import (
 )
 from ._lookahead import lookahead as lookahead, outer_loop as outer_loop
 from ._query import slow_params as slow_params
-from ._state import FastSide as FastSide, LookaheadState as LookaheadState
+from ._state import InnerStep as InnerStep, LookaheadState as LookaheadState
 
 __version__ = "0.2.0"

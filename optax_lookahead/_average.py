@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ._state import AverageReplicasState, FastSide, is_finite
-from ._validation import check_fast, varying_axes
+from ._state import AverageReplicasState, InnerStep, is_finite
+from ._validation import check_inner_step, varying_axes
 
 
 def average_replicas(
@@ -93,15 +93,15 @@ def average_replicas(
         state: AverageReplicasState,
         params: Any = None,
         *,
-        fast: Any = None,
+        inner_step: Any = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, AverageReplicasState]:
         del extra_args
-        check_fast(fast, FastSide, "average_replicas(axis_name)")
-        replicas = _check_same_sync(axis_name, fast.sync)
+        check_inner_step(inner_step, InnerStep, "average_replicas(axis_name)")
+        replicas = _check_same_sync(axis_name, inner_step.sync)
         if replicas == 1:
             return updates, state
-        finite = _like(updates, fast.finite)
+        finite = _like(updates, inner_step.finite)
         # What was not finite is sent as an infinity, which no sum loses.
         thetas = jax.tree.map(
             lambda phi, g, ok: jnp.where(ok, phi - g, jnp.inf), params, updates, finite
@@ -111,7 +111,7 @@ def average_replicas(
             mean
             for part in _parts(leaves)
             for mean in jax.lax.cond(
-                fast.sync,
+                inner_step.sync,
                 lambda part=part: _means(part, axis_name, replicas),
                 lambda part=part: part,
             )

@@ -12,7 +12,7 @@ from ._agreement import check_arrays, check_params, check_unstacked
 from ._compiler import start_after_moments
 from ._slow_step import SlowStep
 from ._slow_weights import set_out
-from ._state import FastSide, LookaheadState, copy
+from ._state import InnerStep, LookaheadState, copy
 from ._validation import check_k, check_slow_dtype, check_transformation, check_wide
 
 
@@ -87,8 +87,10 @@ class _Cycles:
 
         # 4. THE SYNC: a slow step, and landing on it.
         finite = jax.tree.map(lambda way: way.finite, ways)
-        fast = FastSide(grads, inner_updates, fast_state, sync, finite)
-        slow_updates, outer_state = self.slow_step.step(state, ways, fast, outer_args)
+        inner_step = InnerStep(grads, inner_updates, fast_state, sync, finite)
+        slow_updates, outer_state = self.slow_step.step(
+            state, ways, inner_step, outer_args
+        )
         landings = jax.tree.map(
             lambda way, slow_update: way.land(sync, slow_update), ways, slow_updates
         )

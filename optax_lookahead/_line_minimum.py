@@ -10,8 +10,8 @@ from jax.core import Tracer
 
 from ._line import least, slope_and_curve, sum_dtype
 from ._results import check_like, is_masked
-from ._state import FastSide
-from ._validation import check_fast, check_number, describe_path, varying_axes
+from ._state import InnerStep
+from ._validation import check_inner_step, check_number, describe_path, varying_axes
 
 
 class LineMinimumState(NamedTuple):
@@ -125,14 +125,14 @@ def line_minimum(
         state: LineMinimumState,
         params: Any = None,
         *,
-        fast: Any = None,
+        inner_step: Any = None,
         grad: Any = None,
         grad_fn: Callable[[Any], Any] | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, LineMinimumState]:
         del state, extra_args
-        check_fast(fast, FastSide, "line_minimum(curvature)")
-        given = _given_grads(updates, fast, grad)
+        check_inner_step(inner_step, InnerStep, "line_minimum(curvature)")
+        given = _given_grads(updates, inner_step, grad)
         if grad_fn is not None:
             _check_grad_fn(grad_fn)
 
@@ -142,15 +142,15 @@ def line_minimum(
             if grad_fn is not None:
                 theta = optax.tree.sub(params, updates)
                 grads = check_like("grad_fn", grad_fn(theta), updates)
-            diagonal = check_like("curvature", curvature(fast.state), updates)
-            steps = _like(updates, fast.updates)
+            diagonal = check_like("curvature", curvature(inner_step.state), updates)
+            steps = _like(updates, inner_step.updates)
             sums = slope_and_curve(
                 updates, steps, grads, diagonal, is_at_theta=grad_fn is not None
             )
             _check_same_on_devices(sums, updates)
             return sums
 
-        slope, curve = _only_at(fast.sync, at_a_sync, updates)
+        slope, curve = _only_at(inner_step.sync, at_a_sync, updates)
         alpha = least(slope, curve, min_alpha, max_alpha)
         updates = jax.tree.map(lambda g: jnp.asarray(-alpha * g, g.dtype), updates)
         return updates, LineMinimumState(alpha)
@@ -179,9 +179,9 @@ def _like(updates: Any, tree: Any) -> list[Any]:
     return jax.tree.structure(updates, is_leaf=is_masked).flatten_up_to(tree)
 
 
-def _given_grads(updates: Any, fast: FastSide, grad: Any) -> list[Any]:
+def _given_grads(updates: Any, inner_step: InnerStep, grad: Any) -> list[Any]:
     """Returns the gradients of the last inner step, as far as they can be told."""
-    grads = _like(updates, fast.grads if grad is None else grad)
+    grads = _like(updates, inner_step.grads if grad is None else grad)
     leaves = jax.tree.leaves_with_path(updates, is_leaf=is_masked)
     for (path, h), g in zip(leaves, grads, strict=True):
         if not is_masked(h) and g is not None and jnp.shape(g) != jnp.shape(h):

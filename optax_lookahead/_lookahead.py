@@ -154,8 +154,8 @@ def outer_loop(
         and a schedule inside it counts syncs. It sees the floating and complex leaves
         of the parameters, the others as `optax.MaskedNode`. Extra arguments of
         `update` are forwarded to it, and those in a dict `outer_args` to it alone.
-        One is added: `fast`, a `FastSide`, which tells of the inner step that ends the
-        cycle.
+        One is added: `inner_step`, an `InnerStep`, which tells of the inner step that
+        ends the cycle.
       k: As in `lookahead`.
       inner_state: `"keep"`, `"reset"` or a function, as in `lookahead`. There is no
         `"interpolate"`, as an outer optimizer has no fraction to move by.
@@ -170,7 +170,7 @@ def outer_loop(
         `outer_args` no dict.
       ValueError: As `lookahead`, and if `inner_state` is `"interpolate"`. `update`
         raises it if `outer` returns updates or a state of another tree or other
-        shapes than it was given, or if an extra argument is named `fast`.
+        shapes than it was given, or if an extra argument is named `inner_step`.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax

@@ -11,7 +11,7 @@ import optax
 from ._results import check_outer_result
 from ._state import (
     AverageReplicasState,
-    FastSide,
+    InnerStep,
     LookaheadState,
     is_finite,
     is_inexact,
@@ -26,7 +26,7 @@ class SlowStep(NamedTuple):
     init: Callable[[Any], Any]  # slow_params -> outer_state
     # extra_args -> those of the inner optimizer, those of the outer one
     split: Callable[[dict[str, Any]], tuple[dict[str, Any], dict[str, Any]]]
-    # state, ways, fast, extra_args -> a slow update for each way, outer_state
+    # state, ways, inner_step, extra_args -> a slow update for each way, outer_state
     step: Callable[..., tuple[Any, Any]]
 
 
@@ -75,9 +75,12 @@ def fraction(alpha: optax.ScalarOrSchedule) -> SlowStep:
     """Returns the paper's slow step, a fraction alpha of the way."""
 
     def step(
-        state: LookaheadState, ways: Any, fast: FastSide, extra_args: dict[str, Any]
+        state: LookaheadState,
+        ways: Any,
+        inner_step: InnerStep,
+        extra_args: dict[str, Any],
     ) -> tuple[Any, Any]:
-        del fast, extra_args
+        del inner_step, extra_args
         update = Fraction(alpha(state.sync_count) if callable(alpha) else alpha)
         return jax.tree.map(lambda _: update, ways), state.outer_state
 
@@ -100,22 +103,25 @@ def by_optimizer(outer: optax.GradientTransformation) -> SlowStep:
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         outer_args = extra_args.pop("outer_args", {})
         check_outer_args(outer_args)
-        check_reserved(extra_args | outer_args, FastSide)
+        check_reserved(extra_args | outer_args, InnerStep)
         return extra_args, extra_args | outer_args
 
     def step(
-        state: LookaheadState, ways: Any, fast: FastSide, extra_args: dict[str, Any]
+        state: LookaheadState,
+        ways: Any,
+        inner_step: InnerStep,
+        extra_args: dict[str, Any],
     ) -> tuple[Any, Any]:
         # On other steps its result is dropped. What it is given there is 1, since many
         # optimizers have no derivative at 0, where 0 times infinity would be a NaN.
         pseudo_grads = jax.tree.map(lambda way: way.pseudo_grad, ways)
-        grads = jax.tree.map(lambda g: jnp.where(fast.sync, g, 1), pseudo_grads)
+        grads = jax.tree.map(lambda g: jnp.where(inner_step.sync, g, 1), pseudo_grads)
         slow_params = _hide_discrete(jax.tree.map(lambda way: way.phi, ways))
         updates, outer_state = outer.update(
             grads,
             state.outer_state,
             params=slow_params,
-            **extra_args | {"fast": fast},
+            **extra_args | {"inner_step": inner_step},
         )
         outer_state, reached = _take_reached(outer_state)
         check_outer_result("updates", updates, grads)
@@ -125,7 +131,7 @@ def by_optimizer(outer: optax.GradientTransformation) -> SlowStep:
         )
         finite = jax.tree.map(lambda way, x: way.arrives(x), ways, slow_updates)
         return slow_updates, _select_elements(
-            fast.sync, finite, outer_state, state.outer_state
+            inner_step.sync, finite, outer_state, state.outer_state
         )
 
     return SlowStep(init, split, step)

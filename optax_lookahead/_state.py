@@ -52,8 +52,8 @@ class AverageReplicasState(NamedTuple):
 AverageReplicasState.__module__ = "optax_lookahead"
 
 
-class FastSide(NamedTuple):
-    """What an outer optimizer is told about the inner side, as the argument `fast`.
+class InnerStep(NamedTuple):
+    """What an outer optimizer is told about the inner step, as `inner_step`.
 
     `outer_loop` passes it to the `update` of its outer optimizer, beside the
     pseudo-gradients and the slow weights. Trees are like the parameters.
@@ -72,8 +72,8 @@ class FastSide(NamedTuple):
 
       >>> import jax, jax.numpy as jnp, optax
       >>> from optax_lookahead import outer_loop
-      >>> def update(pseudo_grads, state, params=None, *, fast, **extra_args):
-      ...     far = optax.tree.norm(fast.updates) > 0.1
+      >>> def update(pseudo_grads, state, params=None, *, inner_step, **extra_args):
+      ...     far = optax.tree.norm(inner_step.updates) > 0.1
       ...     step = jax.tree.map(lambda g: jnp.where(far, -g, 0.0), pseudo_grads)
       ...     return step, state
       >>> outer = optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
@@ -94,7 +94,7 @@ class FastSide(NamedTuple):
     finite: Any
 
 
-FastSide.__module__ = "optax_lookahead"
+InnerStep.__module__ = "optax_lookahead"
 
 
 def select(condition: jax.typing.ArrayLike, new: Any, old: Any) -> Any:

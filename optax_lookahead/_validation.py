@@ -128,14 +128,16 @@ def check_wide(slow_dtype: Any, params: Any) -> None:
             )
 
 
-def check_reserved(extra_args: dict[str, Any], fast_side: type) -> None:
+def check_reserved(extra_args: dict[str, Any], inner_step_type: type) -> None:
     """Raises if the caller's extra arguments hide what `outer` is told."""
     # One that an `outer_loop` around this one passes is not the caller's.
-    if "fast" in extra_args and not isinstance(extra_args["fast"], fast_side):
+    if "inner_step" in extra_args and not isinstance(
+        extra_args["inner_step"], inner_step_type
+    ):
         raise ValueError(
-            "`fast` must not be an extra argument of `update`, got "
-            f"{extra_args['fast']!r}: `outer_loop` tells the outer optimizer about "
-            "the inner step by this name. Rename the argument."
+            "`inner_step` must not be an extra argument of `update`, got "
+            f"{extra_args['inner_step']!r}: `outer_loop` tells the outer optimizer "
+            "about the inner step by this name. Rename the argument."
         )
 
 
@@ -161,12 +163,12 @@ def check_anchor(anchor: Any, now: Any) -> None:
         )
 
 
-def check_fast(fast: Any, fast_side: type, outer: str) -> None:
+def check_inner_step(inner_step: Any, inner_step_type: type, outer: str) -> None:
     """Raises unless `outer_loop` called."""
-    if not isinstance(fast, fast_side):
+    if not isinstance(inner_step, inner_step_type):
         raise ValueError(
-            f"`fast` must be what `outer_loop` passes to its outer optimizer, got "
-            f"{fast!r}. Write `outer_loop(inner, {outer}, k)`."
+            f"`inner_step` must be what `outer_loop` passes to its outer optimizer, "
+            f"got {inner_step!r}. Write `outer_loop(inner, {outer}, k)`."
         )
 
 

@@ -539,8 +539,8 @@ def test_a_gradient_function_that_is_no_function():
 def test_outside_an_outer_loop():
     tx = line_minimum(adam_curvature())
     message = (
-        "`fast` must be what `outer_loop` passes to its outer optimizer, got None. "
-        "Write `outer_loop(inner, line_minimum(curvature), k)`."
+        "`inner_step` must be what `outer_loop` passes to its outer optimizer, got "
+        "None. Write `outer_loop(inner, line_minimum(curvature), k)`."
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         tx.update(START, tx.init(START), START)

@@ -354,7 +354,7 @@ def test_its_own_arguments_reach_it_alone_and_win_over_a_shared_name():
 
     def remember(name):
         def update(updates, state, params=None, **extra_args):
-            extra_args.pop("fast", None)
+            extra_args.pop("inner_step", None)
             seen[name] = extra_args
             return updates, state
 
@@ -369,5 +369,5 @@ def test_its_own_arguments_reach_it_alone_and_win_over_a_shared_name():
     assert seen == {"inner": {"value": 1}, "outer": {"value": 3, "own": 4}}
     with pytest.raises(TypeError, match="`outer_args` must be a dict"):
         tx.update(params, state, params, outer_args=5)
-    with pytest.raises(ValueError, match="`fast` must not be an extra argument"):
-        tx.update(params, state, params, outer_args={"fast": 5})
+    with pytest.raises(ValueError, match="`inner_step` must not be an extra argument"):
+        tx.update(params, state, params, outer_args={"inner_step": 5})

@@ -280,18 +280,18 @@ def test_the_outer_optimizer_is_told_about_the_step_that_ends_the_cycle():
         _, _, inner_extra, inner_updates, inner_state = inner.calls[-1]
         s, outer_params, outer_extra, _, _ = outer.calls[-1]
         assert inner_extra == {"value": step}
-        fast = outer_extra.pop("fast")
+        inner_step = outer_extra.pop("inner_step")
         assert outer_extra == {"value": step}
-        assert fast.grads is grads
-        assert fast.updates is inner_updates
-        assert fast.state is inner_state
-        assert bool(fast.sync) == (step % 2 == 1)
-        if fast.sync:
+        assert inner_step.grads is grads
+        assert inner_step.updates is inner_updates
+        assert inner_step.state is inner_state
+        assert bool(inner_step.sync) == (step % 2 == 1)
+        if inner_step.sync:
             theta = optax.apply_updates(params, inner_updates)
             np.testing.assert_array_equal(outer_params["w"], phi["w"])
             np.testing.assert_allclose(s["w"], phi["w"] - theta["w"], rtol=1e-6)
         params = optax.apply_updates(params, updates)
-        if fast.sync:
+        if inner_step.sync:
             phi = params
     assert len(outer.calls) == 4
 
@@ -302,6 +302,9 @@ def test_outer_loops_in_each_other_each_tell_their_outer_optimizer():
     tx = outer_loop(within, top.transformation(), 4)
     params = jnp.ones(2)
     _, state = tx.update(params, tx.init(params), params)
-    assert middle.calls[-1][2]["fast"].state is not top.calls[-1][2]["fast"].state
-    assert top.calls[-1][2]["fast"].state.steps_since_sync == 1
+    assert (
+        middle.calls[-1][2]["inner_step"].state
+        is not top.calls[-1][2]["inner_step"].state
+    )
+    assert top.calls[-1][2]["inner_step"].state.steps_since_sync == 1
     assert state.fast_state.steps_since_sync == 1

@@ -18,7 +18,7 @@ def test_the_public_names_are_these():
         "outer_loop",
         "slow_params",
         "LookaheadState",
-        "FastSide",
+        "InnerStep",
         "average_replicas",
         "line_minimum",
         "adam_curvature",

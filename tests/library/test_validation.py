@@ -313,15 +313,16 @@ def test_an_outer_that_returns_a_state_of_other_shapes():
 def test_an_extra_argument_that_hides_what_the_outer_optimizer_is_told():
     tx = outer_loop(optax.sgd(0.1), optax.sgd(0.5), 2)
     message = (
-        "`fast` must not be an extra argument of `update`, got 1.0: `outer_loop` tells "
-        "the outer optimizer about the inner step by this name. Rename the argument."
+        "`inner_step` must not be an extra argument of `update`, got 1.0: "
+        "`outer_loop` tells the outer optimizer about the inner step by this name. "
+        "Rename the argument."
     )
     with pytest.raises(ValueError, match=re.escape(message)):
-        tx.update(PARAMS, tx.init(PARAMS), PARAMS, fast=1.0)
+        tx.update(PARAMS, tx.init(PARAMS), PARAMS, inner_step=1.0)
 
 
 def test_an_extra_argument_named_fast_is_nothing_special_to_lookahead():
-    TX.update(PARAMS, STATE, PARAMS, fast=1.0)
+    TX.update(PARAMS, STATE, PARAMS, inner_step=1.0)
 
 
 def test_outer_loop_has_nothing_to_interpolate_by():

@@ -10,7 +10,7 @@ import jax
 import optax
 
 from optax_lookahead import (
-    FastSide,
+    InnerStep,
     LineMinimumState,
     LookaheadState,
     adam_curvature,
@@ -64,11 +64,11 @@ def outer_update(
     state: optax.OptState,
     params: optax.Params | None = None,
     *,
-    fast: FastSide,
+    inner_step: InnerStep,
     **extra_args: Any,
 ) -> tuple[optax.Updates, optax.OptState]:
     del params, extra_args
-    assert_type(fast.grads, optax.Updates)
-    assert_type(fast.state, optax.OptState)
-    assert_type(fast.sync, jax.typing.ArrayLike)
+    assert_type(inner_step.grads, optax.Updates)
+    assert_type(inner_step.state, optax.OptState)
+    assert_type(inner_step.sync, jax.typing.ArrayLike)
     return updates, state
