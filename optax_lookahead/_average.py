@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ._state import AverageReplicasState, InnerStep, is_finite
-from ._validation import check_inner_step, varying_axes
+from ._state import InnerStep, is_finite
 
 
 def average_replicas(
@@ -84,102 +83,115 @@ def average_replicas(
     """
     _check_axis(axis_name)
 
-    def init_fn(params: optax.Params) -> AverageReplicasState:
-        del params
-        return AverageReplicasState()
-
     def update_fn(
         updates: optax.Updates,
-        state: AverageReplicasState,
+        state: optax.EmptyState,
         params: Any = None,
         *,
         inner_step: Any = None,
         **extra_args: Any,
-    ) -> tuple[optax.Updates, AverageReplicasState]:
+    ) -> tuple[optax.Updates, optax.EmptyState]:
         del extra_args
-        check_inner_step(inner_step, InnerStep, "average_replicas(axis_name)")
-        replicas = _check_same_sync(axis_name, inner_step.sync)
+        if not isinstance(inner_step, InnerStep):
+            raise ValueError(
+                "`inner_step` must be what `outer_loop` passes to its outer optimizer, "
+                f"got {inner_step!r}. Write `outer_loop(inner, "
+                "average_replicas(axis_name), k)`."
+            )
+        sync = inner_step.sync
+        replicas = _check_same_sync(axis_name, sync)
         if replicas == 1:
             return updates, state
-        finite = _like(updates, inner_step.finite)
-        # What was not finite is sent as an infinity, which no sum loses.
-        thetas = jax.tree.map(
-            lambda phi, g, ok: jnp.where(ok, phi - g, jnp.inf), params, updates, finite
-        )
-        leaves, treedef = jax.tree.flatten(thetas)
-        means = treedef.unflatten(
-            mean
-            for part in _parts(leaves)
-            for mean in jax.lax.cond(
-                inner_step.sync,
-                lambda part=part: _means(part, axis_name, replicas),
-                lambda part=part: part,
-            )
-        )
-        reached = jax.tree.map(is_finite, means, means)
-        updates = jax.tree.map(
-            lambda phi, mean, ok: jnp.where(ok, phi, 0) - jnp.where(ok, mean, 0),
-            params,
-            means,
-            reached,
-        )
-        return updates, AverageReplicasState(reached)
+        is_healthy, healthy = _health(axis_name, sync, inner_step.finite)
 
-    # As in `_cycle.py`.
+        def means(*thetas: Any) -> Any:
+            # Divided first, since a sum may overflow where the mean does not.
+            shares = [
+                jnp.where(
+                    is_healthy, theta / jnp.maximum(healthy, 1).astype(theta.dtype), 0
+                )
+                for theta in thetas
+            ]
+            return _as_varying(jax.lax.psum(shares, axis_name), thetas)
+
+        thetas = jax.tree.map(jnp.subtract, params, updates)
+        leaves, treedef = jax.tree.flatten(thetas)
+        averaged = treedef.unflatten(
+            mean
+            for bucket in _buckets(leaves)
+            for mean in jax.lax.cond(sync, means, lambda *thetas: list(thetas), *bucket)
+        )
+
+        def pseudo_grad(phi: Any, mean: Any) -> Any:
+            g = phi - mean
+            # Not finite where a slow weight is infinite by design.
+            return jnp.where((healthy > 0) & is_finite(g), g, 0)
+
+        return jax.tree.map(pseudo_grad, params, averaged), state
+
+    # Optax types every state as `OptState`, which no NamedTuple is a supertype of.
     return optax.GradientTransformationExtraArgs(
-        init_fn,
+        optax.init_empty_state,
         update_fn,  # pyright: ignore[reportArgumentType]
     )
 
 
-def _like(updates: Any, finite: Any) -> Any:
-    """Returns the flags of those parameters that this link sees."""
-    flags = dict(jax.tree.leaves_with_path(finite))
-    return jax.tree.map_with_path(lambda path, _: flags[path], updates)
+def _health(axis_name: Any, sync: Any, finite: Any) -> tuple[Any, Any]:
+    """Returns whether this replica is finite at a sync, and how many replicas are.
+
+    On other steps nothing is read and nothing sent.
+    """
+    flags = [
+        jax.lax.cond(
+            sync,
+            lambda *leaves: jnp.all(jnp.stack([jnp.all(x) for x in leaves])),
+            # True, of the type of the other branch.
+            lambda *leaves: jnp.any(jnp.stack([jnp.any(x) for x in leaves])) | True,
+            *bucket,
+        )
+        for bucket in _buckets(jax.tree.leaves(finite))
+    ]
+    is_healthy = jnp.all(jnp.stack(flags))
+    number = is_healthy.astype(jnp.int32)
+    healthy = jax.lax.cond(
+        sync,
+        lambda x: _as_varying(jax.lax.psum(x, axis_name), x),
+        lambda x: x,
+        number,
+    )
+    return is_healthy, healthy
+
+
+def _as_varying(tree: Any, like: Any) -> Any:
+    """Returns the tree with the types of `like` in `jax.shard_map`.
+
+    JAX refuses branches of which one is the same on all replicas and one is not.
+    """
+    return jax.tree.map(
+        lambda x, y: jnp.where(True, x, y),
+        tree,
+        list(like) if isinstance(like, tuple) else like,
+    )
 
 
 # What passes into a branch and out of it has to stand in memory. With one branch for
 # all parameters that is 5 copies of them on a TPU v5e 4x4 (8 layers, 4 replicas of 4)
-# and 2 on a GPU; in parts it is 0.6 and 0.2. With 200 arrays a branch for each takes a
-# GPU 40 % longer than one for all, and one for eight 4 %.
-_PARTS = 16
+# and 2 on a GPU; in buckets it is 0.6 and 0.2. With 200 arrays a branch for each takes
+# a GPU 40 % longer than one for all, and one for eight 4 %.
+_BUCKETS = 16
 
 
-def _parts(leaves: list[Any]) -> list[list[Any]]:
+def _buckets(leaves: list[Any]) -> list[list[Any]]:
     """Splits the arrays, in their order, by bytes."""
     total = sum(x.size * x.dtype.itemsize for x in leaves)
-    parts, room = [], 0.0
+    buckets, room = [], 0.0
     for x in leaves:
         if room <= 0:
-            parts.append([])
-            room = total / _PARTS
-        parts[-1].append(x)
+            buckets.append([])
+            room = total / _BUCKETS
+        buckets[-1].append(x)
         room -= x.size * x.dtype.itemsize
-    return parts
-
-
-def _means(thetas: Any, axis_name: Any, replicas: int) -> Any:
-    """Returns the mean over the replicas on which each element is finite.
-
-    It is infinite where there is none.
-    """
-    number = jnp.uint8 if replicas < 256 else jnp.int32  # few bytes, since they travel
-    finite = jax.tree.map(lambda theta: is_finite(theta, theta), thetas)
-    sums, counts = jax.lax.psum(
-        (
-            # Divided first, since a sum may overflow where the mean does not.
-            jax.tree.map(lambda x, ok: jnp.where(ok, x / replicas, 0), thetas, finite),
-            jax.tree.map(lambda ok: jnp.asarray(ok, number), finite),
-        ),
-        axis_name,
-    )
-
-    def mean(total: Any, count: Any, theta: Any) -> Any:
-        share = jnp.asarray(replicas / jnp.maximum(count, 1), total.dtype)
-        # As varying as the other branch's, which JAX would not accept otherwise.
-        return jnp.where(True, jnp.where(count > 0, total * share, jnp.inf), theta)
-
-    return jax.tree.map(mean, sums, counts, thetas)
+    return buckets
 
 
 def _check_axis(axis_name: Any) -> None:
@@ -206,7 +218,7 @@ def _check_same_sync(axis_name: Any, sync: Any) -> int:
             "`jax.vmap` or `jax.pmap` with this `axis_name`."
         ) from error
     names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
-    varying = varying_axes(sync) & set(names)
+    varying = _varying_axes(sync) & set(names)
     if varying:
         raise ValueError(
             "`steps_since_sync` must be the same on all replicas, got one that varies "
@@ -215,3 +227,11 @@ def _check_same_sync(axis_name: Any, sync: Any) -> int:
             "each replica whether to step."
         )
     return replicas
+
+
+def _varying_axes(x: Any) -> frozenset[str]:
+    """Returns the axes of `jax.shard_map` over which JAX knows that `x` may differ."""
+    kind = jax.typeof(x)
+    # As newer versions of JAX call it, as older ones did, and nothing before that.
+    manual = getattr(kind, "manual_axis_type", None)
+    return getattr(manual, "varying", getattr(kind, "vma", frozenset()))

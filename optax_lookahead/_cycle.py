@@ -1,6 +1,6 @@
 """The update: a step of the inner optimizer, and at the end of a cycle a sync."""
 
-import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -8,102 +8,117 @@ import jax.numpy as jnp
 import optax
 
 from . import _inner_state
-from ._agreement import check_arrays, check_params, check_unstacked
-from ._compiler import start_after_moments
-from ._slow_step import SlowStep
-from ._slow_weights import set_out
-from ._state import InnerStep, LookaheadState, copy
-from ._validation import check_k, check_slow_dtype, check_transformation, check_wide
+from ._checks import (
+    check_init,
+    check_k,
+    check_slow_dtype,
+    check_transformation,
+    check_update,
+)
+from ._slow_step import init_outer, outer_step, split_args
+from ._slow_weights import (
+    add_slow_update,
+    cycle_start,
+    interpolate,
+    is_intact,
+    pseudo_gradient,
+)
+from ._state import InnerStep, LookaheadState, copy, is_finite
 
 
 def cycles(
     inner: optax.GradientTransformation,
-    slow_step: SlowStep,
     k: jax.typing.ArrayLike,
     inner_state: _inner_state.InnerState,
     slow_dtype: jax.typing.DTypeLike | None,
+    *,
+    alpha: optax.ScalarOrSchedule | None = None,
+    outer: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Returns the transformation that takes `slow_step` after every k inner steps."""
-    check_transformation("inner", inner)
+    """Returns `lookahead` with `alpha`, or `outer_loop` with `outer`."""
+    check_transformation("inner", inner, "lookahead(optax.adam(1e-3))")
     check_k(k)
+    slow_dtype = check_slow_dtype(slow_dtype)
     inner = optax.with_extra_args_support(inner)
+    outer = None if outer is None else optax.with_extra_args_support(outer)
     policy = _inner_state.policy(inner_state, inner)
-    it = _Cycles(inner, slow_step, k, policy, check_slow_dtype(slow_dtype))
-    # Optax types every state as `OptState`, which no NamedTuple is a supertype of.
-    return optax.GradientTransformationExtraArgs(
-        it.init,
-        it.update,  # pyright: ignore[reportArgumentType]
-    )
 
-
-@dataclasses.dataclass(frozen=True)
-class _Cycles:
-    inner: optax.GradientTransformationExtraArgs
-    slow_step: SlowStep
-    k: jax.typing.ArrayLike
-    policy: _inner_state.Policy
-    slow_dtype: Any
-
-    def init(self, params: optax.Params) -> LookaheadState:
-        check_arrays(params)
-        check_wide(self.slow_dtype, params)
-        slow_params = jax.tree.map(lambda p: copy(p, self.slow_dtype), params)
-        fast_state = self.inner.init(params)
+    def init_fn(params: optax.Params) -> LookaheadState:
+        check_init(params, slow_dtype)
+        slow_params = jax.tree.map(lambda p: copy(p, slow_dtype), params)
+        fast_state = inner.init(params)
         return LookaheadState(
             fast_state=fast_state,
             slow_params=slow_params,
             steps_since_sync=jnp.zeros([], jnp.int32),
             sync_count=jnp.zeros([], jnp.int32),
-            outer_state=self.slow_step.init(slow_params),
-            anchor=self.policy.init(fast_state),
+            outer_state=(
+                optax.EmptyState() if outer is None else init_outer(outer, slow_params)
+            ),
+            anchor=policy.init(fast_state),
         )
 
-    def update(
-        self,
+    def update_fn(
         updates: optax.Updates,
         state: LookaheadState,
         params: Any = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, LookaheadState]:
-        check_params(params, state.slow_params)
-        check_unstacked(state.steps_since_sync)
-        inner_args, outer_args = self.slow_step.split(extra_args)
-        grads = updates
+        check_update(params, state, slow_dtype)
+        inner_args, outer_args = extra_args, {}
+        if outer is not None:
+            inner_args, outer_args = split_args(extra_args)
 
         # 1. One step of the inner optimizer.
-        inner_updates, fast_state = self.inner.update(
+        grads = updates
+        updates, fast_state = inner.update(
             grads, state.fast_state, params, **inner_args
         )
 
-        # 2. Where in its cycle is it?
+        # 2. Does it start a cycle, does it end one?
         start = jnp.equal(state.steps_since_sync, 0)
         steps = state.steps_since_sync + 1
         # Not `==`: a k lowered in mid-cycle must still sync.
-        sync = steps >= _as_int32(self.k)
+        sync = steps >= _as_int32(k)
 
-        # 3. What the cycle set out from, and the way back there.
-        starts = start_after_moments(start, params, fast_state, state.fast_state)
-        ways = jax.tree.map(set_out, params, starts, inner_updates, state.slow_params)
+        # 3. The slow weights that the cycle started from.
+        phi = jax.tree.map(partial(cycle_start, start), params, state.slow_params)
 
-        # 4. THE SYNC: a slow step, and landing on it.
-        finite = jax.tree.map(lambda way: way.finite, ways)
-        inner_step = InnerStep(grads, inner_updates, fast_state, sync, finite)
-        slow_updates, outer_state = self.slow_step.step(
-            state, ways, inner_step, outer_args
+        # 4. THE SYNC: a slow step, and the update that takes the parameters there too.
+        if outer is None:
+            alpha_now = alpha(state.sync_count) if callable(alpha) else alpha
+            outer_state = state.outer_state
+            synced = jax.tree.map(
+                partial(interpolate, sync, alpha_now), params, updates, phi
+            )
+        else:
+            alpha_now = None
+            pseudo_grads = jax.tree.map(pseudo_gradient, params, updates, phi)
+            finite = jax.tree.map(is_finite, pseudo_grads)
+            intact = jax.tree.map(is_intact, phi, finite)
+            inner_step = InnerStep(grads, updates, fast_state, sync, intact)
+            slow_updates, outer_state = outer_step(
+                outer, pseudo_grads, finite, phi, state, inner_step, outer_args
+            )
+            synced = jax.tree.map(
+                partial(add_slow_update, sync),
+                params,
+                updates,
+                phi,
+                pseudo_grads,
+                finite,
+                slow_updates,
+            )
+        updates = jax.tree.map(lambda _, leaf: leaf[0], params, synced)
+        slow_params = jax.tree.map(lambda _, leaf: leaf[1], params, synced)
+
+        # 5. What the sync means for the inner state.
+        fast_state, anchor = policy.at_sync(
+            sync, alpha_now, fast_state, state.anchor, params, slow_params
         )
-        landings = jax.tree.map(
-            lambda way, slow_update: way.land(sync, slow_update), ways, slow_updates
-        )
-        final_updates = jax.tree.map(lambda landing: landing.update, landings)
-        slow_params = jax.tree.map(lambda landing: landing.slow, landings)
+        fast_state = _inner_state.invalidate_linesearch_values(sync, fast_state)
 
-        # 5. What that means for the inner state.
-        fast_state, anchor = self.policy.at_sync(
-            sync, fast_state, state.anchor, slow_updates, params, slow_params
-        )
-        fast_state = _inner_state.void_caches(sync, fast_state)
-
-        return final_updates, LookaheadState(
+        return updates, LookaheadState(
             fast_state=fast_state,
             slow_params=slow_params,
             steps_since_sync=jnp.where(sync, 0, steps),
@@ -113,6 +128,12 @@ class _Cycles:
             outer_state=outer_state,
             anchor=anchor,
         )
+
+    # Optax types every state as `OptState`, which no NamedTuple is a supertype of.
+    return optax.GradientTransformationExtraArgs(
+        init_fn,
+        update_fn,  # pyright: ignore[reportArgumentType]
+    )
 
 
 def _as_int32(k: jax.typing.ArrayLike) -> jax.Array:

@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ._results import check_inner_result
-from ._state import LookaheadState, copy, is_inexact, select
-from ._validation import check_anchor, uninterpolable
+from ._checks import check_anchor, check_result
+from ._state import LookaheadState, copy, is_finite, is_inexact, select
 
 InnerState = (
     Literal["keep", "reset", "interpolate"]
@@ -19,10 +18,10 @@ InnerState = (
 
 
 class Policy(NamedTuple):
-    """What is remembered of the inner state, and what a sync makes of it."""
+    """What is kept of the inner state from sync to sync, and what one makes of it."""
 
     init: Callable[[optax.OptState], Any]  # fast_state -> anchor
-    # sync, fast_state, anchor, slow_updates, params, slow_params -> fast_state, anchor
+    # sync, alpha, fast_state, anchor, params, slow_params -> fast_state, anchor
     at_sync: Callable[..., tuple[optax.OptState, Any]]
 
 
@@ -33,13 +32,13 @@ def policy(
     if inner_state == "interpolate":
         return _interpolation(inner)
     if inner_state == "keep":
-        return Policy(_no_anchor, _unchanged)
-    if inner_state == "reset":
-        return _choice(_restart, inner)
-    return _choice(_checked(inner_state), inner)
+        return Policy(_no_anchor, _keep)
+    return _function(_reset if inner_state == "reset" else inner_state, inner)
 
 
-def void_caches(sync: jax.typing.ArrayLike, fast_state: optax.OptState) -> Any:
+def invalidate_linesearch_values(
+    sync: jax.typing.ArrayLike, fast_state: optax.OptState
+) -> Any:
     """Returns the state without the losses that line searches keep for the next step.
 
     They are those of parameters that a sync leaves. At an infinite one
@@ -61,8 +60,10 @@ def void_caches(sync: jax.typing.ArrayLike, fast_state: optax.OptState) -> Any:
     return jax.tree.map(node, fast_state, is_leaf=is_search)
 
 
-def _unchanged(sync: Any, fast_state: Any, anchor: Any, *_: Any) -> tuple[Any, Any]:
-    del sync
+def _keep(
+    sync: Any, alpha: Any, fast_state: Any, anchor: Any, *_: Any
+) -> tuple[Any, Any]:
+    del sync, alpha
     return fast_state, anchor
 
 
@@ -71,29 +72,23 @@ def _no_anchor(fast_state: optax.OptState) -> Any:
     return optax.EmptyState()
 
 
-def _choice(
+def _function(
     choose: Callable[[Any, Any], Any], inner: optax.GradientTransformationExtraArgs
 ) -> Policy:
     """Returns the policy of a function of the state and of a fresh one."""
 
     def at_sync(
-        sync: Any, fast_state: Any, anchor: Any, _: Any, params: Any, slow_params: Any
+        sync: Any, alpha: Any, fast_state: Any, anchor: Any, params: Any, slow: Any
     ) -> tuple[Any, Any]:
-        fresh = inner.init(jax.tree.map(_rounded, params, slow_params))
-        return select(sync, choose(fast_state, fresh), fast_state), anchor
+        del alpha
+        fresh = inner.init(jax.tree.map(_rounded, params, slow))
+        hint = ": pass zeros where a gradient is None"
+        check_result("inner", "a state", fast_state, fresh, hint=hint)
+        chosen = choose(fast_state, fresh)
+        check_result("inner_state", "a state", chosen, fast_state, dtypes=True)
+        return select(sync, chosen, fast_state), anchor
 
     return Policy(_no_anchor, at_sync)
-
-
-def _checked(choose: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    """Returns a user's function that is held to the tree, shapes and dtypes."""
-
-    def checked(state: Any, fresh: Any) -> Any:
-        chosen = choose(state, fresh)
-        check_inner_result(chosen, state)
-        return chosen
-
-    return checked
 
 
 def _rounded(p: Any, slow: Any) -> Any:
@@ -103,7 +98,7 @@ def _rounded(p: Any, slow: Any) -> Any:
 
 # The fields that count training time, or that someone set: a reset leaves them alone,
 # since a learning rate that warms up again in every cycle never leaves its warm-up.
-_KEPT = {
+_TIME_FIELDS = {
     LookaheadState: ("sync_count",),
     optax.AddNoiseState: ("count",),
     optax.ConditionallyMaskState: ("step",),
@@ -122,16 +117,16 @@ _KEPT = {
 
 
 @functools.cache
-def _kept_fields() -> dict[type, tuple[str, ...]]:
+def _time_fields() -> dict[type, tuple[str, ...]]:
     # Scheduled weight decay has a state whose type Optax does not export. It is made
     # here, not on import, since that would settle JAX on its devices.
     decay = type(optax.add_decayed_weights(lambda count: 0.0 * count).init(()))
-    return {**_KEPT, decay: ("count",)}
+    return {**_TIME_FIELDS, decay: ("count",)}
 
 
-def _restart(state: optax.OptState, fresh: optax.OptState) -> optax.OptState:
+def _reset(state: optax.OptState, fresh: optax.OptState) -> optax.OptState:
     """Returns the fresh state, with training time left as it is."""
-    fields = _kept_fields()
+    fields = _time_fields()
 
     def node(old: Any, new: Any) -> Any:
         kept = fields.get(type(old))
@@ -139,7 +134,7 @@ def _restart(state: optax.OptState, fresh: optax.OptState) -> optax.OptState:
             return new
         return old._replace(
             **{
-                name: _restart(getattr(old, name), getattr(new, name))
+                name: _reset(getattr(old, name), getattr(new, name))
                 for name in old._fields
                 if name not in kept
             }
@@ -152,24 +147,19 @@ def _interpolation(inner: optax.GradientTransformationExtraArgs) -> Policy:
     """Returns the policy that moves the inner state as the slow weights move."""
 
     def init(fast_state: Any) -> Any:
-        try:
-            return jax.tree.map(copy, _like_params(inner, fast_state))
-        except Exception as error:  # of any kind: `inner.init` is given a placeholder
-            raise uninterpolable(error) from error
+        return jax.tree.map(copy, _like_params(inner, fast_state))
 
     def at_sync(
-        sync: Any, fast_state: Any, anchor: Any, slow_updates: Any, *_: Any
+        sync: Any, alpha: Any, fast_state: Any, anchor: Any, *_: Any
     ) -> tuple[Any, Any]:
-        fractions = jax.tree.leaves(slow_updates)
-        if not fractions:  # nor parameters
-            return fast_state, anchor
-
         def leaf(now: Any, old: Any) -> Any:
             if not is_inexact(now):
                 return now
-            # In the form of the weights, which is exact at alpha = 1.
-            back = fractions[0].from_fast(old - now)
-            return jnp.where(sync, now + back, now)
+            old = jnp.asarray(old, now.dtype)
+            moved = jnp.asarray(alpha, now.dtype) * now
+            moved += jnp.asarray(1 - alpha, now.dtype) * old
+            # An infinite moment stays one, as under "keep".
+            return jnp.where(sync & is_finite(moved), moved, now)
 
         now = _like_params(inner, fast_state)
         check_anchor(anchor, now)
@@ -188,6 +178,14 @@ def _like_params(
 ) -> tuple[Any, ...]:
     """Returns the trees in the state that are like the parameters, such as moments."""
     trees: list[Any] = []
-    # With every one of those trees as a leaf.
-    optax.tree.map_params(inner, trees.append, fast_state, is_leaf=lambda _: True)
+    try:
+        # With every one of those trees as a leaf.
+        optax.tree.map_params(inner, trees.append, fast_state, is_leaf=lambda _: True)
+    except Exception as error:  # of any kind: `inner.init` is given a placeholder
+        raise ValueError(
+            "`inner_state='interpolate'` must be able to tell what in the state of "
+            "`inner` is like the parameters, got an error from "
+            f"`optax.tree.map_params`: {error!r}. Write `inner_state='keep'` or "
+            "`'reset'`."
+        ) from error
     return tuple(trees)

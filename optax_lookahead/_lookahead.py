@@ -3,10 +3,9 @@
 import jax
 import optax
 
+from ._checks import check_alpha, check_inner_state, check_transformation
 from ._cycle import cycles
 from ._inner_state import InnerState
-from ._slow_step import by_optimizer, fraction
-from ._validation import check_alpha, check_inner_state, check_transformation
 
 
 def lookahead(
@@ -118,8 +117,8 @@ def lookahead(
       back](https://arxiv.org/abs/1907.08610), 2019, Algorithm 1.
     """
     check_alpha(alpha)
-    check_inner_state(inner_state)
-    return cycles(inner, fraction(alpha), k, inner_state, slow_dtype)
+    check_inner_state(inner_state, has_alpha=True)
+    return cycles(inner, k, inner_state, slow_dtype, alpha=alpha)
 
 
 def outer_loop(
@@ -196,6 +195,6 @@ def outer_loop(
       [MuLoCo](https://arxiv.org/abs/2505.23725), 2025. Wang, Tantia, Ballas, Rabbat,
       [SlowMo](https://arxiv.org/abs/1910.00643), 2019, Algorithm 1.
     """
-    check_transformation("outer", outer)
-    check_inner_state(inner_state, outer)
-    return cycles(inner, by_optimizer(outer), k, inner_state, slow_dtype)
+    check_transformation("outer", outer, "outer_loop(inner, optax.sgd(0.5), k)")
+    check_inner_state(inner_state, has_alpha=False)
+    return cycles(inner, k, inner_state, slow_dtype, outer=outer)

@@ -9,10 +9,9 @@ import optax
 from jax.flatten_util import ravel_pytree
 from jax.tree_util import all_leaves
 
-from ._agreement import check_leaf, check_unstacked
-from ._slow_weights import phi_of_cycle
+from ._checks import check_leaf, check_unstacked, describe_path, describe_state
+from ._slow_weights import cycle_start
 from ._state import LookaheadState, copy, is_finite, is_inexact
-from ._validation import describe_path
 
 
 def slow_params(
@@ -73,7 +72,7 @@ def slow_params(
     if not states:
         raise ValueError(
             "`opt_state` must hold the state of a lookahead, got a "
-            f"{type(opt_state).__name__} without one. Pass the state that the "
+            f"{describe_state(opt_state)} without one. Pass the state that the "
             "optimizer's `init` or `update` returned."
         )
     # By path, since `optax.masked` leaves out leaves and whole branches.
@@ -96,10 +95,10 @@ def slow_params(
             check_leaf(path, slow, phi)
             p = slow[path]
             if wide:
-                slow[path] = phi_of_cycle(start, p, phi)
+                slow[path] = cycle_start(start, p, phi)
             elif is_inexact(phi) or not is_inexact(p):
                 held = jnp.asarray(phi, jnp.result_type(p))
-                slow[path] = jnp.where(start & is_finite(p, p), p, held)
+                slow[path] = jnp.where(start & is_finite(p), p, held)
             # Else the loop made a float of a discrete parameter, which phi truncates.
     if leaves and not seen:
         raise ValueError(
@@ -130,7 +129,7 @@ def _like(params: Any, slow: Any) -> Any:
 
 
 @functools.cache
-def _pair() -> Any:
+def _split_complex_type() -> Any:
     """Returns the type of what `split_real_and_imaginary` makes of a complex array."""
     # Optax exports no name of it.
     split = optax.contrib.split_real_and_imaginary(optax.trace(0.0))
@@ -139,17 +138,19 @@ def _pair() -> Any:
 
 
 def _split(p: Any) -> Any:
-    return _pair()(p.real, p.imag) if jnp.iscomplexobj(p) else p
+    return _split_complex_type()(p.real, p.imag) if jnp.iscomplexobj(p) else p
 
 
 def _merged(tree: Any) -> Any:
     """Returns the tree with complex arrays in place of pairs of real ones."""
 
-    def is_pair(node: Any) -> bool:
-        return isinstance(node, _pair())
+    def is_split_complex_type(node: Any) -> bool:
+        return isinstance(node, _split_complex_type())
 
     return jax.tree.map(
-        lambda x: jax.lax.complex(*x) if is_pair(x) else x, tree, is_leaf=is_pair
+        lambda x: jax.lax.complex(*x) if is_split_complex_type(x) else x,
+        tree,
+        is_leaf=is_split_complex_type,
     )
 
 

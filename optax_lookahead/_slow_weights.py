@@ -1,202 +1,138 @@
-"""One parameter in its cycle: where it set out, the way back there, and the landing.
+"""One parameter in a cycle, by plain functions of its arrays.
 
-`set_out` decides by the kind of the parameter what all three mean for it; a class
-stands for each kind. Only elements that are finite set out or land: where a step blew
-up, the slow weight stays as it was.
+p is the parameter before the step, u its update by the inner optimizer, slow the slow
+weight in the state, and phi the slow weight that the cycle started from. What kind a
+parameter is of follows from dtypes alone: its slow weight has its dtype, or a wider one
+(`slow_dtype`), or it is discrete. An update of None, as Equinox has it, says that the
+parameter is frozen.
 """
 
-import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from ._slow_step import OuterUpdate, SlowUpdate
-from ._state import common_dtype, is_finite, is_inexact, select
+from ._state import common_dtype, is_finite, is_inexact
 
 
-def set_out(p: Any, start: Any, u: Any, slow: Any) -> "Way":
-    """Returns the way of one parameter in its cycle.
-
-    Args:
-      p: The parameter before the step, which is the fast weight.
-      start: Whether this is the first step of the cycle, dtype=bool.
-      u: Its update by the inner optimizer, or None if there is none.
-      slow: The slow weight in the state, whose dtype says of which kind it is.
-    """
-    if u is None:
-        kind = Still
-    elif not is_inexact(slow):
-        kind = Discrete
-    elif is_wider(slow, p):
-        kind = Wider
-    else:
-        kind = AsWide
-    return kind(p, u, phi_of_cycle(start, p, slow))
-
-
-def phi_of_cycle(start: Any, p: Any, slow: Any) -> Any:
-    """Returns the slow weight that the cycle set out from."""
-    # Not the state's alone: since the last sync the loop may have loaded, clipped or
-    # projected its parameters, and what it holds is what a cycle starts from.
-    start &= is_finite(p, p)
+def cycle_start(start: Any, p: Any, slow: Any) -> Any:
+    """Returns phi: at the start of a cycle the parameter, later the slow weight."""
+    # Since the last sync the loop may have loaded, clipped or projected its parameters,
+    # and a cycle starts from what it holds. But from nothing that is not finite.
+    start &= is_finite(p)
     held = jnp.asarray(p, slow.dtype)
     if is_wider(slow, p):
-        # Unless it holds the slow weight, as well as its dtype can: near zero, where
-        # float16 runs out of exponents, less well than its eps says.
+        # Unless p is the slow weight, as well as its dtype can hold that: near zero,
+        # where float16 runs out of exponents, less well than its eps says.
         narrow = jnp.finfo(jnp.result_type(p))
-        least = jnp.maximum(jnp.abs(slow), float(narrow.tiny))
-        one_rounding = float(narrow.eps) * least
-        finite = is_finite(slow, slow)
-        way = jnp.where(start, held, 0) - jnp.where(finite, slow, 0)
-        start &= ~(finite & (jnp.abs(way) <= one_rounding))
+        size = jnp.maximum(jnp.abs(slow), float(narrow.tiny))
+        start &= ~(is_finite(slow) & (jnp.abs(held - slow) <= float(narrow.eps) * size))
     return jnp.where(start, held, slow)
 
 
-class Way:
-    """How far one parameter went from phi, and how it lands there or elsewhere.
-
-    No pytree, so a tree of these has the parameters' own structure.
-    """
-
-    def __init__(self, p: Any, u: Any, phi: Any):
-        self.p, self.u, self.phi = p, u, phi
-        # phi minus the fast weight, with the sign of a gradient; 0 where not finite.
-        self.pseudo_grad: Any = optax.MaskedNode()
-        # Which elements have a finite fast weight and a finite way back.
-        self.finite: Any = optax.MaskedNode()
-
-    def arrives(self, step: SlowUpdate) -> Any:
-        """Returns which elements get from there to a finite weight."""
-        if isinstance(self.finite, optax.MaskedNode):
-            return self.finite
-        finite = self.finite if step.reached is None else step.reached
-        return step.only_finite(finite, self.phi, self.p)
-
-    def land(self, sync: Any, step: SlowUpdate) -> "Landing":
-        """Returns where a slow step takes the parameter, if this is a sync."""
-        raise NotImplementedError
-
-
-@dataclasses.dataclass(frozen=True)
-class Landing:
-    """The update and the slow weight of one parameter. No pytree either."""
-
-    update: Any
-    slow: Any
-
-
-class AsWide(Way):
-    """The slow weight has its parameter's dtype, and the slow step is added to `u`."""
-
-    def __init__(self, p: Any, u: Any, phi: Any):
-        super().__init__(p, u, phi)
-        self.pseudo_grad, self.finite = _way_back(p, u, phi)
-
-    def land(self, sync: Any, step: SlowUpdate) -> Landing:
-        p, u, phi = self.p, self.u, self.phi
-        back = step.from_fast(self.pseudo_grad)
-        there = _added(p, jnp.asarray(u, back.dtype) + back)
-        arrives = is_finite(there, p)
-        if isinstance(step, OuterUpdate):  # which may move what it was given 0 for
-            arrives &= self.finite
-        # Masked here, not in the condition: that would be an array, and a copy of `u`.
-        landing = jnp.asarray(u, back.dtype) + jnp.where(arrives, back, 0)
-        # As it is stored: the loop adds an update of this dtype. And not
-        # `u + sync * ...`: on other steps u must pass next to inf and NaN.
-        u = jnp.where(sync, jnp.asarray(landing, jnp.result_type(u)), u)
-        # From the new update, which says as well what is finite, so that the compiler
-        # can write updates and slow weights in place, one after the other; and added
-        # as the loop adds it, so that both agree in every bit.
-        slow = jnp.asarray(optax.apply_updates(p, u), phi.dtype)
-        # Finite only if both are, and masked where they are equal: infinities may be.
-        way = phi - jnp.where(slow == phi, 0, slow)
-        lands = sync & step.only_finite(is_finite(way, p), phi, p)
-        if step.reached is not None:
-            # Where the fast weight is not finite, others' may be.
-            moved = phi + jnp.asarray(step.from_slow(self.pseudo_grad), phi.dtype)
-            phi = jnp.where(sync & self.arrives(step), moved, phi)
-        return Landing(u, jnp.where(lands, slow, phi))
-
-
-class Wider(Way):
-    """The slow weight has more bits than its parameter, and is itself what moves."""
-
-    def __init__(self, p: Any, u: Any, phi: Any):
-        super().__init__(p, u, phi)
-        # The fast weight set out from the rounding. Counted from phi, its way would
-        # begin with that, and every cycle would pull phi back onto what p can hold.
-        self.pseudo_grad, self.finite = _way_back(p, u, _rounded_like(p, phi))
-
-    def land(self, sync: Any, step: SlowUpdate) -> Landing:
-        p, u, phi = self.p, self.u, self.phi
-        back = jnp.asarray(step.from_slow(self.pseudo_grad), phi.dtype)
-        arrives = self.arrives(step) & is_finite(phi + back, p)
-        slow = jnp.where(sync, phi + jnp.where(arrives, back, 0), phi)
-        # From one weight that `p` can hold to another: mostly, so can the step. And
-        # from the new slow weight, which can thus be written in place first.
-        arrives = is_finite(_added(p, u), p) & is_finite(slow, p)
-        arrives = step.only_finite(arrives, slow, p)
-        rounded = jnp.where(arrives, _rounded_like(p, slow), 0)
-        update = rounded - jnp.asarray(p, phi.dtype)
-        return Landing(select(sync & arrives & is_finite(update, u), update, u), slow)
-
-
-class Discrete(Way):
-    """Nothing lies between two values: it takes the inner step, and phi follows."""
-
-    def land(self, sync: Any, step: SlowUpdate) -> Landing:
-        del step
-        slow = jnp.asarray(optax.apply_updates(self.p, self.u), self.phi.dtype)
-        return Landing(self.u, jnp.where(sync, slow, self.phi))
-
-
-class Still(Way):
-    """Without an update, Equinox's way of saying that this parameter stays."""
-
-    def __init__(self, p: Any, u: Any, phi: Any):
-        super().__init__(p, u, phi)
-        if is_inexact(phi):
-            self.pseudo_grad = jnp.zeros_like(phi)
-            self.finite = jnp.ones(jnp.shape(phi), bool)
-
-    def land(self, sync: Any, step: SlowUpdate) -> Landing:
-        del step
-        return Landing(None, phi_of_cycle(sync, self.p, self.phi))
-
-
-def is_wider(slow: Any, p: Any) -> bool:
-    """Returns whether the slow weight has bits that the parameter cannot hold."""
-    if not (is_inexact(slow) and is_inexact(p)):
-        return False
-    eps = [float(jnp.finfo(jnp.result_type(x)).eps) for x in (slow, p)]
-    return eps[0] < eps[1]
-
-
-def _way_back(p: Any, u: Any, phi: Any) -> tuple[Any, Any]:
-    """Returns phi less the fast weight, and for which elements it is finite."""
+def pseudo_gradient(p: Any, u: Any, phi: Any) -> Any:
+    """Returns phi minus the fast weight p + u, in the wider of their dtypes."""
+    if not is_inexact(phi):
+        return optax.MaskedNode()
+    if u is None:
+        return jnp.zeros_like(phi)
     dtype = common_dtype(u, phi)
-    theta, phi = _added(p, u, dtype), jnp.asarray(phi, dtype)
-    finite = is_finite(theta, p)
-    # Masked before, too: the difference of two infinities is a NaN, which
-    # `jax_debug_nans` would find. Less 0, an infinite phi stays one.
-    way = phi - jnp.where(finite, theta, 0)
-    finite &= is_finite(way, way)
-    return jnp.where(finite, way, 0), finite
+    # The fast weight started from phi as p holds it. Counted from phi itself, every
+    # cycle would pull phi towards what p can hold.
+    origin = _round_like(phi, p) if is_wider(phi, p) else phi
+    return jnp.asarray(origin, dtype) - (jnp.asarray(p, dtype) + jnp.asarray(u, dtype))
 
 
-def _added(p: Any, u: Any, dtype: Any = None) -> Any:
-    """Returns p + u, before it is rounded to what `p` can hold."""
-    if dtype is None:
-        dtype = common_dtype(p, u)
-    return jnp.asarray(p, dtype) + jnp.asarray(u, dtype)
+def is_intact(phi: Any, finite: Any) -> Any:
+    """Returns where a fast weight is finite, or infinite by design as phi is."""
+    if not is_inexact(phi):
+        return optax.MaskedNode()
+    return finite | ~is_finite(phi)
 
 
-def _rounded_like(p: Any, phi: Any) -> Any:
-    """Returns phi as closely as `p` can hold it, in its own dtype."""
-    if jnp.iscomplexobj(phi):
-        return jax.lax.complex(*(_rounded_like(p, x) for x in (phi.real, phi.imag)))
+def interpolate(sync: Any, alpha: Any, p: Any, u: Any, phi: Any) -> tuple[Any, Any]:
+    """Returns update and slow weight: at a sync phi moves alpha towards p + u."""
+    if u is None or not is_inexact(phi):
+        return _without_slow_step(sync, p, u, phi)
+    if is_wider(phi, p):
+        g = pseudo_gradient(p, u, phi)
+        return _sync_wide(sync, p, u, phi, jnp.asarray(-alpha, g.dtype) * g)
+    g = pseudo_gradient(p, u, phi)
+    finite = is_finite(g)
+    u_wide = jnp.asarray(u, g.dtype)
+    # Not `g - alpha * g`, which rounds twice.
+    step = u_wide + jnp.asarray(1 - alpha, g.dtype) * jnp.where(finite, g, 0)
+    if isinstance(alpha, jax.Array) or alpha == 0:
+        # There `u + g` would be a rounding of u away from phi, at every sync.
+        to_phi = jnp.asarray(phi, g.dtype) - jnp.asarray(p, g.dtype)
+        step = jnp.where((alpha == 0) & finite, to_phi, step)
+    return _sync(sync, p, u, phi, step)
+
+
+def add_slow_update(
+    sync: Any,
+    p: Any,
+    u: Any,
+    phi: Any,
+    pseudo_grad: Any,
+    finite: Any,
+    slow_update: Any,
+) -> tuple[Any, Any]:
+    """Returns update and slow weight: at a sync phi moves by `slow_update`."""
+    if u is None or not is_inexact(phi):
+        return _without_slow_step(sync, p, u, phi)
+    # No step where the pseudo-gradient is not finite: weight decay would make a NaN of
+    # an entry that is infinite by design.
+    if is_wider(phi, p):
+        return _sync_wide(sync, p, u, phi, jnp.where(finite, slow_update, 0))
+    dtype = pseudo_grad.dtype
+    to_slow = pseudo_grad + jnp.asarray(slow_update, dtype)
+    step = jnp.asarray(u, dtype) + jnp.where(finite, to_slow, 0)
+    return _sync(sync, p, u, phi, step)
+
+
+def _sync(sync: Any, p: Any, u: Any, phi: Any, step: Any) -> tuple[Any, Any]:
+    """Returns update and slow weight where a sync adds `step` to the parameter."""
+    # Not `u + sync * ...`: on other steps u must pass next to inf and NaN.
+    u = jnp.where(sync, jnp.asarray(step, jnp.result_type(u)), u)
+    # From the new update, so that the compiler can write both in place, and added as
+    # the loop adds it, so that both agree in every bit.
+    slow = jnp.asarray(optax.apply_updates(p, u), phi.dtype)
+    return u, jnp.where(sync & is_finite(slow), slow, phi)
+
+
+def _sync_wide(
+    sync: Any, p: Any, u: Any, phi: Any, slow_update: Any
+) -> tuple[Any, Any]:
+    """Returns update and slow weight where the slow weight has more bits than p."""
+    slow = phi + jnp.asarray(slow_update, phi.dtype)
+    slow = jnp.where(sync & is_finite(slow, p), slow, phi)
+    # From the new slow weight, which can thus be written in place first.
+    step = _round_like(slow, p) - jnp.asarray(p, phi.dtype)
+    step = jnp.asarray(step, jnp.result_type(u))
+    return jnp.where(sync & is_finite(step), step, u), slow
+
+
+def _without_slow_step(sync: Any, p: Any, u: Any, phi: Any) -> tuple[Any, Any]:
+    """Returns update and slow weight of what is frozen or discrete: phi follows p."""
+    if u is None:
+        return None, cycle_start(sync, p, phi)
+    slow = jnp.asarray(optax.apply_updates(p, u), phi.dtype)
+    return u, jnp.where(sync, slow, phi)
+
+
+def is_wider(x: Any, y: Any) -> bool:
+    """Returns whether the floats of x have more bits of precision than those of y."""
+    if not (is_inexact(x) and is_inexact(y)):
+        return False
+    return jnp.finfo(jnp.result_type(x)).nmant > jnp.finfo(jnp.result_type(y)).nmant
+
+
+def _round_like(x: Any, p: Any) -> Any:
+    """Returns x with as many bits as p has, in its own dtype."""
+    if jnp.iscomplexobj(x):
+        return jax.lax.complex(_round_like(x.real, p), _round_like(x.imag, p))
     # Not there and back by `astype`, which compilers may leave out.
-    bits = jnp.finfo(phi.dtype).nexp, jnp.finfo(jnp.result_type(p)).nmant
-    return jax.lax.reduce_precision(phi, *bits)
+    bits = jnp.finfo(x.dtype).nexp, jnp.finfo(jnp.result_type(p)).nmant
+    return jax.lax.reduce_precision(x, *bits)

@@ -1,6 +1,5 @@
 """The state, what an outer optimizer is told, and choosing between two trees."""
 
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -38,20 +37,6 @@ class LookaheadState(NamedTuple):
 LookaheadState.__module__ = "optax_lookahead"
 
 
-class AverageReplicasState(NamedTuple):
-    """State of `average_replicas`: nothing.
-
-    Attributes:
-      reached: Of a step, for which elements some replica had a finite weight: a tree
-        like the parameters, dtype=bool. `outer_loop` takes it out of the state.
-    """
-
-    reached: Any = optax.EmptyState()
-
-
-AverageReplicasState.__module__ = "optax_lookahead"
-
-
 class InnerStep(NamedTuple):
     """What an outer optimizer is told about the inner step, as `inner_step`.
 
@@ -64,8 +49,8 @@ class InnerStep(NamedTuple):
       state: Its state after that.
       sync: Whether the outer step counts; shape=(), dtype=bool. On other steps the
         result is dropped, and the pseudo-gradients are 1.
-      finite: Which elements of the pseudo-gradients were finite, dtype=bool. The others
-        are 0.
+      finite: Where a fast weight is finite, or its slow weight is infinite by design,
+        dtype=bool. A pseudo-gradient that is not finite is 0.
 
     Examples:
       An outer optimizer that stands still where the last inner update was small:
@@ -141,19 +126,18 @@ def common_dtype(x: Any, y: Any) -> Any:
     return jnp.promote_types(x, y)
 
 
-def is_finite(x: Any, p: Any) -> Any:
-    """Returns which elements of `x` are finite, also once `p`'s dtype holds them."""
-    if not (is_inexact(x) and is_inexact(p)):
+def is_finite(x: Any, like: Any = None) -> Any:
+    """Returns which elements of x are finite, once stored in the dtype of `like`."""
+    like = x if like is None else like
+    if not (is_inexact(x) and is_inexact(like)):
         return True
     if jnp.iscomplexobj(x):
-        return is_finite(x.real, p) & is_finite(x.imag, p)
-    own, held = (jnp.finfo(jnp.result_type(y)) for y in (x, p))
-    if own.bits >= 32 and own.max <= held.max:
-        return jax.lax.is_finite(x)
-    # Not by `astype` and `isfinite`: compilers may leave out the rounding. From half a
-    # step above the largest number on it would be to infinity.
+        return is_finite(x.real, like) & is_finite(x.imag, like)
+    own, held = (jnp.finfo(jnp.result_type(y)) for y in (x, like))
     narrow = own if own.max <= held.max else held
-    largest = float(narrow.max)
-    half_a_step = 2.0 ** (math.frexp(largest)[1] - 2) * float(narrow.eps)
-    wide = jnp.asarray(x, jnp.float32) if own.bits < 32 else x
-    return jnp.abs(wide) < largest + half_a_step
+    if narrow.bits >= 32:
+        return jax.lax.is_finite(x)
+    if narrow.bits < 16:  # of which some have no infinity
+        return jnp.abs(jnp.asarray(x, jnp.float32)) <= float(narrow.max)
+    # As stored: a compiler may leave out the rounding that `astype` asks for.
+    return jax.lax.is_finite(jax.lax.reduce_precision(x, narrow.nexp, narrow.nmant))

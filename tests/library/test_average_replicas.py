@@ -21,7 +21,12 @@ from messages import (
 )
 from rows import dear_but
 
-from optax_lookahead import average_replicas, lookahead, outer_loop, slow_params
+from optax_lookahead import (
+    average_replicas,
+    lookahead,
+    outer_loop,
+    replica_axes,
+)
 
 R, SIZE = 4, 8
 TARGETS = np.random.default_rng(0).normal(size=(R, SIZE))
@@ -101,10 +106,7 @@ def one_step(tx):
 
 def stacked(tx, params):
     """Returns the state of replicas on a first axis, with one counter for all."""
-    state = jax.vmap(tx.init)(params)
-    return jax.tree.map(
-        lambda x, one: x if one.ndim else x[0], state, alone(tx, params)
-    )
+    return jax.vmap(tx.init, out_axes=axes(tx, params))(params)
 
 
 def alone(tx, params):
@@ -112,7 +114,7 @@ def alone(tx, params):
 
 
 def axes(tx, params):
-    return jax.tree.map(lambda x: 0 if x.ndim else None, alone(tx, params))
+    return replica_axes(alone(tx, params))
 
 
 def by_vmap(tx, params, mesh=None):
@@ -127,26 +129,24 @@ def by_pmap(tx, params, mesh=None):
 
 
 def by_shard_map(tx, params, mesh, check_vma=True):
-    spec = jax.tree.map(lambda x: P(NAME) if x.ndim else P(), alone(tx, params))
-    step = one_step(tx)
-
-    def body(params, state, target):
-        def first(tree, like):
-            return jax.tree.map(lambda x, s: x[0] if s == P(NAME) else x, tree, like)
-
-        specs = jax.tree.map(lambda _: P(NAME), params)
-        params, state = step(first(params, specs), first(state, spec), target[0])
-        return jax.tree.map(
-            lambda x, s: x[None] if s == P(NAME) else x, (params, state), (specs, spec)
-        )
-
+    where = axes(tx, params)
+    specs = P(NAME), specification(where), P(NAME)
     return jax.shard_map(
-        body,
+        # Each replica's optimizer sees its own parameters, without an axis of replicas.
+        jax.vmap(one_step(tx), (0, where, 0), (0, where)),
         mesh=mesh,
-        in_specs=(P(NAME), spec, P(NAME)),
-        out_specs=(P(NAME), spec),
+        in_specs=specs,
+        out_specs=specs[:2],
         axis_names={NAME},
         check_vma=check_vma,
+    )
+
+
+def specification(where):
+    return jax.tree.map(
+        lambda axis: P() if axis is None else P(NAME),
+        where,
+        is_leaf=lambda axis: axis is None,
     )
 
 
@@ -178,7 +178,7 @@ def placed(form, tx, params):
     mesh = make_mesh(axes, AxisType.Auto, jax.devices()[:size])
 
     def place(x, one):
-        spec = P(*axes) if one.ndim else P()
+        spec = P(*axes) if one.ndim else P(*list(axes)[: x.ndim])
         return jax.device_put(x, NamedSharding(mesh, spec))
 
     like = alone(tx, params)
@@ -265,9 +265,9 @@ def test_what_replicas_say_to_each_other_stands_in_one_branch(form):
     tx = averaged(optax.adam(0.1), NESTEROV, 3)
     found, branches = collectives(compiled_text(form, tx, params))
     assert found, "the measure sees the collective"
-    # One branch of two: the step that does not sync has none.
-    (name,) = found
-    assert name in branches
+    # Of the parameters, and of the flags that say which replicas are healthy. The step
+    # that does not sync has none.
+    assert set(found) <= branches
     tx = outer_loop(optax.adam(0.1), NESTEROV, 3)
     without, _ = collectives(compiled_text(form, tx, params))
     assert not without
@@ -283,13 +283,14 @@ def test_the_largest_message_shrinks_with_the_number_of_fragments(fragments):
     )
     text = compiled_text("spmd vmap", tx, params)
     found, branches = collectives(text)
-    # One branch for each fragment, which has a counter of its own.
-    assert len(found) == fragments
+    # One branch for each fragment, which has a counter of its own, and one in which a
+    # number says how many replicas are healthy.
+    assert len(found) == 2 * fragments
     assert set(found) <= branches
-    # A float32 and a byte for each element.
-    assert {sum(sizes) for sizes in found.values()} == {5 * 4096 // fragments}
+    # A float32 for each element.
+    assert {sum(sizes) for sizes in found.values()} == {4, 4 * 4096 // fragments}
     sent = messages(text, R, lambda device: device)
-    assert (sent.always, sent.in_branch) == (0, 5 * 4096)
+    assert (sent.always, sent.in_branch) == (0, 4 * 4096 + 4 * fragments)
 
 
 def test_averaging_adds_at_most_a_copy_and_a_half_of_temporaries():
@@ -373,45 +374,128 @@ def test_one_replica_is_the_outer_loop_bit_for_bit(slow_dtype):
     )
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-@pytest.mark.parametrize("slow_dtype", [None, "float32"])
-def test_what_is_not_finite_on_a_replica_is_left_out_there(x64, bad, slow_dtype):
-    dtype = np.float64 if slow_dtype is None else np.float32
-    tx = averaged(optax.sgd(0.1), optax.sgd(0.7, momentum=0.5), 2)
+def with_broken_replicas(broken, bad, dtype, slow_dtype=None, steps=8):
+    """Trains by the package and by hand; one element of `broken` breaks in step 3."""
+    tx = averaged(
+        optax.sgd(0.1), optax.sgd(0.7, momentum=0.5), 2, slow_dtype=slow_dtype
+    )
     params = {"w": jnp.asarray(START, dtype)}
     state = stacked(tx, params)
     step = jax.jit(by_vmap(tx, params))
     theta, phi, m = START.copy(), START.copy(), np.zeros(SIZE)
-    for i in range(1, 9):
+    for i in range(1, steps + 1):
         targets = TARGETS.copy()
         if i == 3:
-            targets[1, 2] = bad  # one replica, one element
-            targets[:, 5] = bad  # all replicas
+            targets[broken, 2] = bad
         params, state = step(params, state, jnp.asarray(targets, dtype))
         with np.errstate(all="ignore"):
             theta = theta - 0.1 * (theta - targets)
         if i % 2 == 0:
-            with np.errstate(all="ignore"):
-                ok = np.isfinite(theta)
-                n = ok.sum(0)
-                mean = np.where(ok, theta, 0).sum(0) / np.maximum(n, 1)
-                new_m = (phi - mean) + 0.5 * m
-                m = np.where(n > 0, new_m, m)
-                phi = np.where(n > 0, phi - 0.7 * new_m, phi)
-                theta = np.where(ok, phi, theta)
-            slow = slow_params(state, params)["w"] if i < 0 else state.slow_params["w"]
-            np.testing.assert_allclose(slow, phi, rtol=1e-5)
-            np.testing.assert_allclose(params["w"], theta, rtol=1e-5)
-            np.testing.assert_allclose(
-                state.outer_state[1][0].trace["w"], m, rtol=1e-5, atol=1e-7
-            )
-            assert np.all(np.isfinite(slow))
+            healthy = np.isfinite(theta).all(1)
+            mean = theta[healthy].mean(0) if healthy.any() else phi
+            m = (phi - mean) + 0.5 * m
+            # A broken replica's own element takes no step, its others do.
+            ok = np.isfinite(theta)
+            phi = np.where(ok, phi - 0.7 * m, phi)
+            theta = np.where(ok, phi, theta)
+        yield params, state, (theta, phi, m)
         if i == 6:  # the loop repairs its parameters
-            repaired = jnp.where(
-                jnp.isfinite(params["w"]), params["w"], state.slow_params["w"]
-            )
-            params, theta = {"w": repaired}, np.where(np.isfinite(theta), theta, phi)
+            ok = jnp.isfinite(params["w"])
+            params = {"w": jnp.where(ok, params["w"], state.slow_params["w"])}
+            theta = np.where(np.isfinite(theta), theta, phi)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("broken", [[1], [0, 3], [0, 1, 2, 3]], ids=str)
+def test_a_replica_that_broke_is_left_out_whole(x64, bad, broken):
+    for params, state, expected in with_broken_replicas(broken, bad, np.float64):
+        theta, phi, m = expected
+        np.testing.assert_allclose(params["w"], theta, rtol=1e-12)
+        if state.steps_since_sync == 0:
+            slow, trace = state.slow_params["w"], state.outer_state[1][0].trace["w"]
+            np.testing.assert_allclose(slow, phi, rtol=1e-12)
+            np.testing.assert_allclose(trace, m, rtol=1e-12, atol=1e-14)
+            assert np.all(np.isfinite(slow))
     assert np.all(np.isfinite(params["w"]))
+
+
+def test_wide_slow_weights_follow_the_healthy_replicas():
+    runs = with_broken_replicas([1], np.nan, jnp.bfloat16, "float32")
+    for params, state, (_, phi, _) in runs:  # noqa: B007
+        assert np.all(np.isfinite(state.slow_params["w"]))
+        if state.steps_since_sync == 0:
+            healthy = np.asarray([0, 2, 3])
+            slow = np.asarray(state.slow_params["w"])[healthy]
+            np.testing.assert_allclose(slow, phi[healthy], rtol=0.05, atol=0.05)
+    assert np.all(np.isfinite(np.asarray(params["w"], np.float32)))
+
+
+@pytest.mark.parametrize("outer", [OUTERS["nesterov"][0], optax.adamw(0.1)])
+def test_entries_that_are_infinite_by_design_break_no_replica(x64, outer):
+    tx = averaged(optax.sgd(0.1), outer, 2)
+
+    def train(start, targets):
+        def step(params, state, target):
+            grads = jnp.where(jnp.isfinite(params), params - target, 0.0)
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
+
+        params = jnp.asarray(start)
+        where = axes(tx, params)
+        step = jax.jit(jax.vmap(step, (0, where, 0), (0, where), axis_name=NAME))
+        state = stacked(tx, params)
+        with jax.debug_nans(True):
+            for _ in range(5):
+                params, state = step(params, state, jnp.asarray(targets))
+        return params, state.slow_params
+
+    mask = np.arange(SIZE) == 3
+    masked = train(np.where(mask, -np.inf, START), TARGETS)
+    rest = train(START[:, ~mask], TARGETS[:, ~mask])
+    for x, y in zip(masked, rest, strict=True):
+        np.testing.assert_array_equal(x[:, mask], -np.inf)
+        np.testing.assert_allclose(x[:, ~mask], y, rtol=1e-12)
+
+
+WRAPPERS = {
+    "apply_if_finite": lambda outer: optax.apply_if_finite(outer, 3),
+    "conditionally_transform": lambda outer: optax.conditionally_transform(
+        outer, lambda count: count >= 0
+    ),
+    "flatten": optax.flatten,
+}
+
+
+@pytest.mark.parametrize("bad", [0.0, np.nan])
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_wrappers_around_the_outer_chain_change_nothing(x64, name, bad):
+    def train(wrapper):
+        chain = optax.chain(average_replicas(NAME), NESTEROV)
+        tx = outer_loop(optax.sgd(0.1), wrapper(chain), 2)
+        params = {"w": jnp.asarray(START), "b": jnp.asarray(START[:, :1])}
+        where = axes(tx, params)
+
+        def step(params, state, target):
+            grads = {"w": params["w"] - target, "b": params["b"] - target[:1]}
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
+
+        step = jax.jit(jax.vmap(step, (0, where, 0), (0, where), axis_name=NAME))
+        state = stacked(tx, params)
+        tree = jax.tree.structure(state)
+        for i in range(5):
+            targets = (
+                TARGETS + np.where(i == 2, bad, 0.0) * (np.arange(R) == 1)[:, None]
+            )
+            params, state = step(params, state, jnp.asarray(targets))
+        assert jax.tree.structure(state) == tree
+        return state.slow_params
+
+    expected, got = train(lambda outer: outer), train(WRAPPERS[name])
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-12), got, expected
+    )
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(got))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

@@ -395,7 +395,7 @@ def test_the_anchor_of_the_first_release_is_refused_with_a_recipe_that_works():
     params, state, later = from_release("interpolate")
     with pytest.raises(ValueError, match="`anchor` must hold the trees") as refusal:
         go_on(tx, params, state)
-    _, recipe = str(refusal.value).split("old form write `")
+    _, recipe = str(refusal.value).split("version 0.1 write `")
     state = eval(
         recipe.rstrip("`."), {"state": state, "jax": jax, "tx": tx, "params": params}
     )

@@ -276,7 +276,7 @@ def test_an_outer_that_returns_another_tree():
     message = (
         "`outer` must return updates with the tree that it is given, got "
         "PyTreeDef({'w': *}) where PyTreeDef({'b': *, 'w': *}) was given. "
-        "Use an optimizer that keeps the tree."
+        "Keep the tree."
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         update_with(constant({"w": PARAMS["w"]}))
@@ -285,7 +285,7 @@ def test_an_outer_that_returns_another_tree():
 def test_an_outer_that_returns_other_shapes():
     message = (
         "`outer` must return updates with the shapes that it is given, got () where "
-        "['b'] has (3,). Use an optimizer that keeps the shapes."
+        "['b'] has (3,). Keep the shapes."
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         update_with(constant(PARAMS | {"b": jnp.ones(())}))
@@ -295,7 +295,7 @@ def test_an_outer_that_returns_another_state():
     message = (
         "`outer` must return a state with the tree that it is given, got "
         "PyTreeDef({'m': *, 'n': *}) where PyTreeDef({'m': *}) was given. "
-        "Use an optimizer that keeps the tree."
+        "Keep the tree."
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         update_with(constant(PARAMS, lambda state: state | {"n": jnp.zeros(3)}))
@@ -304,7 +304,7 @@ def test_an_outer_that_returns_another_state():
 def test_an_outer_that_returns_a_state_of_other_shapes():
     message = (
         "`outer` must return a state with the shapes that it is given, got (2, 3) "
-        "where ['m'] has (3,). Use an optimizer that keeps the shapes."
+        "where ['m'] has (3,). Keep the shapes."
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         update_with(constant(PARAMS, lambda state: {"m": jnp.zeros((2, 3))}))
@@ -321,7 +321,7 @@ def test_an_extra_argument_that_hides_what_the_outer_optimizer_is_told():
         tx.update(PARAMS, tx.init(PARAMS), PARAMS, inner_step=1.0)
 
 
-def test_an_extra_argument_named_fast_is_nothing_special_to_lookahead():
+def test_an_extra_argument_named_inner_step_is_nothing_special_to_lookahead():
     TX.update(PARAMS, STATE, PARAMS, inner_step=1.0)
 
 
@@ -388,3 +388,82 @@ def test_a_slow_dtype_that_is_narrower_than_a_parameter(slow_dtype, dtype):
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         lookahead(optax.sgd(0.1), slow_dtype=slow_dtype).init(params)
+
+
+# States and parameters of something else.
+
+
+def test_parameters_of_optax_lookahead_are_named():
+    message = (
+        "`params` must be the parameters themselves, got optax.LookaheadParams. Pass "
+        "its field `fast`; the state carries the slow ones."
+    )
+    with pytest.raises(TypeError, match=re.escape(message)):
+        TX.init(optax.LookaheadParams.init_synced(PARAMS))
+
+
+@pytest.mark.parametrize("around", [lambda state: state, lambda state: (state,)])
+def test_a_state_of_optax_lookahead_is_named(around):
+    pair = optax.LookaheadParams.init_synced(PARAMS)
+    state = optax.lookahead(optax.sgd(0.1), 5, 0.5).init(pair)
+    with pytest.raises(TypeError, match=r"got a state of `optax.lookahead`\. Pass"):
+        TX.update(PARAMS, state, PARAMS)
+    with pytest.raises(ValueError, match=r"got a state of `optax\.lookahead`"):
+        slow_params(around(state), PARAMS)
+
+
+@pytest.mark.parametrize("leaf", ["float32", "w", object()])
+def test_a_leaf_that_is_no_array_is_named_with_its_path(leaf):
+    message = f"`params` must be a tree of arrays, got {leaf!r} at ['name']. Pass"
+    with pytest.raises(TypeError, match=re.escape(message)):
+        TX.init({"name": leaf, "w": jnp.ones(2)})
+
+
+def test_an_array_is_no_slow_dtype():
+    for array in (jnp.ones(2, jnp.bfloat16), np.float32(1.0), np.ones(2)):
+        with pytest.raises(TypeError, match="`slow_dtype` must be a floating dtype"):
+            lookahead(optax.sgd(0.1), slow_dtype=array)
+
+
+NONE = {"w": jnp.ones((2, 3)), "b": None}
+
+
+@pytest.mark.parametrize("inner_state", ["reset", lambda state, fresh: state])
+def test_a_gradient_of_none_that_changes_the_inner_state_is_named(inner_state):
+    tx = lookahead(optax.sgd(0.1, momentum=0.9), 2, inner_state=inner_state)
+    message = r"`inner` must return a state with the tree.*where a gradient is None\."
+    with pytest.raises(ValueError, match=message):
+        tx.update(NONE, tx.init(PARAMS), PARAMS)
+
+
+# Each cause of an anchor that does not fit, and that its remedy helps.
+
+
+MOMENTUM = optax.sgd(0.1, momentum=0.9)
+INTERPOLATE = lookahead(MOMENTUM, inner_state="interpolate")
+
+
+@pytest.mark.parametrize(
+    ("updates", "state", "remedy"),
+    [
+        (
+            PARAMS,
+            lookahead(MOMENTUM).init(PARAMS),
+            "Make the state with `inner_state='interpolate'`.",
+        ),
+        (
+            PARAMS,
+            lookahead(optax.adam(0.1), inner_state="interpolate")
+            .init(PARAMS)
+            ._replace(fast_state=MOMENTUM.init(PARAMS)),
+            "or make the state with this `inner`.",
+        ),
+        (NONE, INTERPOLATE.init(PARAMS), "Pass zeros where a gradient is None"),
+    ],
+    ids=["another policy", "another inner", "a gradient of None"],
+)
+def test_an_anchor_that_does_not_fit_is_refused_with_its_cause(updates, state, remedy):
+    with pytest.raises(ValueError, match="`anchor` must hold the trees") as refusal:
+        INTERPOLATE.update(updates, state, PARAMS)
+    assert remedy in str(refusal.value)
+    assert "0.1" not in str(refusal.value)

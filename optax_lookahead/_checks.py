@@ -1,0 +1,284 @@
+"""What is refused, and in which words: the rule, what was given, what to write."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ._state import InnerStep, LookaheadState, copy
+
+
+def check_transformation(name: str, value: Any, example: str) -> None:
+    """Raises unless `value` is an Optax gradient transformation."""
+    if isinstance(value, optax.GradientTransformation):
+        return
+    if isinstance(value, optax.MultiSteps):
+        remedy = f"Write `{name}.gradient_transformation()`."
+    else:
+        remedy = f"Write for example `{example}`."
+    raise TypeError(
+        f"`{name}` must be an Optax gradient transformation, got {value!r}. {remedy}"
+    )
+
+
+def check_k(k: Any) -> None:
+    """Raises unless `k` is a whole number of steps, as far as that is static."""
+    if (k := _static_scalar("k", k)) is _NOT_STATIC:
+        return
+    rule = "an integer of at least 1"
+    remedy = "Write the number of inner steps in a cycle, for example `k=5`."
+    is_integer = isinstance(k, int) and not isinstance(k, bool)
+    most = jnp.iinfo(jnp.int32).max
+    if is_integer and k > most:
+        rule, remedy = f"{rule} and at most {most}", f"Write `k={most}` never to sync."
+    elif is_integer and k >= 1:
+        return
+    error = ValueError if is_integer else TypeError
+    raise error(f"`k` must be {rule}, got {k!r}. {remedy}")
+
+
+def check_alpha(alpha: Any) -> None:
+    """Raises unless `alpha` is a step size or a schedule, as far as that is static."""
+    if callable(alpha) or (alpha := _static_scalar("alpha", alpha)) is _NOT_STATIC:
+        return
+    message = (
+        f"`alpha` must be a number in [0, 1] or a schedule, got {alpha!r}. "
+        "Write the slow step size, for example `alpha=0.5`."
+    )
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+        raise TypeError(message)
+    if not 0 <= alpha <= 1:  # NaN too
+        raise ValueError(message)
+
+
+def check_slow_dtype(slow_dtype: Any) -> Any:
+    """Returns the dtype, and raises unless it is a floating one that JAX has on."""
+    if slow_dtype is None:
+        return None
+    message = (
+        f"`slow_dtype` must be a floating dtype or None, got {slow_dtype!r}. "
+        "Write for example `slow_dtype='float32'`."
+    )
+    if isinstance(slow_dtype, jax.typing.ArrayLike):  # has a dtype, but is none
+        raise TypeError(message)
+    try:
+        dtype = jnp.dtype(slow_dtype)
+    except TypeError as error:
+        raise TypeError(message) from error
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(message)
+    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        raise ValueError(
+            f"`slow_dtype` must be a dtype that JAX has turned on, got {dtype}. "
+            "Set `jax.config.update('jax_enable_x64', True)` or write 'float32'."
+        )
+    return dtype
+
+
+def check_inner_state(inner_state: Any, *, has_alpha: bool) -> None:
+    """Raises unless `inner_state` names or is something that a sync can do."""
+    if callable(inner_state):
+        return
+    if inner_state not in ("keep", "reset", "interpolate"):
+        raise ValueError(
+            "`inner_state` must be 'keep', 'reset' or 'interpolate', got "
+            f"{inner_state!r}. Write what a sync is to do to the inner state."
+        )
+    if inner_state == "interpolate" and not has_alpha:
+        raise ValueError(
+            "`inner_state` of `outer_loop` must be 'keep' or 'reset', got "
+            "'interpolate': an outer optimizer has no fraction to move by. Write "
+            "`lookahead(inner, k, alpha, inner_state='interpolate')`."
+        )
+
+
+def check_init(params: Any, slow_dtype: Any) -> None:
+    """Raises unless every leaf is an array that `slow_dtype` can hold."""
+    if isinstance(params, optax.LookaheadParams):
+        raise TypeError(
+            "`params` must be the parameters themselves, got optax.LookaheadParams. "
+            "Pass its field `fast`; the state carries the slow ones."
+        )
+    for path, p in jax.tree.leaves_with_path(params):
+        # Not `result_type` alone, to which a string names a dtype.
+        if isinstance(p, str) or (not hasattr(p, "dtype") and not jnp.isscalar(p)):
+            raise TypeError(
+                f"`params` must be a tree of arrays, got {p!r} at "
+                f"{describe_path(path)}. Pass the arrays alone, for example "
+                "`eqx.filter(model, eqx.is_inexact_array)`."
+            )
+        dtype = jnp.result_type(p)
+        if slow_dtype is not None and not _holds(slow_dtype, dtype):
+            raise ValueError(
+                "`slow_dtype` must be at least as wide as every parameter, got "
+                f"{slow_dtype} where {describe_path(path)} has {dtype}. Write a wider "
+                "one, or None for the parameters' own."
+            )
+
+
+def check_update(params: Any, state: Any, slow_dtype: Any) -> None:
+    """Raises unless this is one state, and `params` the parameters that it is of."""
+    if params is None:
+        raise ValueError(
+            "`params` must be the current parameters, got None. "
+            "Call `update(grads, state, params)`, not `update(grads, state)`."
+        )
+    if not isinstance(state, LookaheadState):
+        raise TypeError(
+            "`state` must be a `LookaheadState` of `optax_lookahead`, got a "
+            f"{describe_state(state)}. Pass what `init` or `update` of this "
+            "transformation returned."
+        )
+    check_unstacked(state.steps_since_sync)
+    # The first leaf that differs says more than two printed trees of a whole model.
+    by_path = dict(jax.tree.leaves_with_path(params))
+    for path, phi in jax.tree.leaves_with_path(state.slow_params):
+        p = check_leaf(path, by_path, phi)
+        own = copy(jax.ShapeDtypeStruct(jnp.shape(p), jnp.result_type(p)), slow_dtype)
+        if not _holds(jnp.result_type(phi), own.dtype):
+            raise ValueError(
+                "`slow_params` in the state must be at least as wide as the parameters "
+                f"and `slow_dtype`, got {jnp.result_type(phi)} at "
+                f"{describe_path(path)}, where {own.dtype} is needed. Keep the dtypes "
+                "of the parameters and of the state, or widen the slow weights: "
+                "`state._replace(slow_params=optax.tree.cast(state.slow_params, "
+                f"'{own.dtype}'))`."
+            )
+        del by_path[path]
+    for path, p in by_path.items():
+        raise _mismatch(f"shape {jnp.shape(p)} at {describe_path(path)}", "no leaf")
+    got, expected = jax.tree.structure(params), jax.tree.structure(state.slow_params)
+    if got != expected:
+        raise _mismatch(str(got), str(expected))
+
+
+def check_leaf(path: Any, params: dict[Any, Any], phi: Any) -> Any:
+    """Returns the parameter at `path`, and raises unless it has the shape of `phi`."""
+    if path in params and jnp.shape(params[path]) == jnp.shape(phi):
+        return params[path]
+    got = f"shape {jnp.shape(params[path])}" if path in params else "no leaf"
+    raise _mismatch(f"{got} at {describe_path(path)}", f"shape {jnp.shape(phi)}")
+
+
+def check_unstacked(steps_since_sync: jax.typing.ArrayLike) -> None:
+    """Raises if the state is a stack of states: `where` would broadcast it wrongly."""
+    shape = jnp.shape(steps_since_sync)
+    if shape:
+        raise ValueError(
+            f"`steps_since_sync` must be a scalar, got shape {shape}: these are "
+            "several states in one. Call the function under `jax.vmap`."
+        )
+
+
+def check_result(
+    who: str, what: str, new: Any, given: Any, *, dtypes: bool = False, hint: str = ""
+) -> None:
+    """Raises unless a function of the user returned what is like what it was given."""
+    got, expected = jax.tree.structure(new), jax.tree.structure(given)
+    if got != expected:
+        raise ValueError(
+            f"`{who}` must return {what} with the tree that it is given, got "
+            f"{got} where {expected} was given. Keep the tree{hint}."
+        )
+    old = jax.tree.leaves(given)
+    for (path, x), y in zip(jax.tree.leaves_with_path(new), old, strict=True):
+        got, expected, feature = jnp.shape(x), jnp.shape(y), "shapes"
+        if dtypes and got == expected:
+            got, expected, feature = jnp.result_type(x), jnp.result_type(y), "dtypes"
+        if got != expected:
+            raise ValueError(
+                f"`{who}` must return {what} with the {feature} that it is given, "
+                f"got {got} where {describe_path(path)} has {expected}. "
+                f"Keep the {feature}."
+            )
+
+
+def check_anchor(anchor: Any, now: Any) -> None:
+    """Raises unless the anchor holds what is like the parameters in the inner state."""
+    got, expected = jax.tree.structure(anchor), jax.tree.structure(now)
+    if got == expected:
+        return
+    remedy = "Pass zeros where a gradient is None, or make the state with this `inner`."
+    if not jax.tree.leaves(anchor):
+        remedy = "Make the state with `inner_state='interpolate'`."
+    elif [x.shape for x in jax.tree.leaves(anchor)] == [
+        x.shape for x in jax.tree.leaves(now)
+    ]:
+        remedy = (
+            "For a checkpoint of version 0.1 write `state._replace(anchor="
+            "jax.tree.unflatten(jax.tree.structure(tx.init(params).anchor), "
+            "jax.tree.leaves(state.anchor)))`."
+        )
+    raise ValueError(
+        "`anchor` must hold the trees in `fast_state` that are like the parameters, "
+        f"got {got} where they are {expected}. {remedy}"
+    )
+
+
+def check_extra_args(extra_args: dict[str, Any], outer_args: Any) -> None:
+    """Raises unless the outer optimizer's own arguments have names that are free."""
+    if not isinstance(outer_args, Mapping):
+        raise TypeError(
+            "`outer_args` must be a dict of extra arguments for `outer`, got "
+            f"{outer_args!r}. Write for example `outer_args={{'grad_fn': grad_fn}}`."
+        )
+    told = outer_args.get("inner_step", extra_args.get("inner_step"))
+    # One that an `outer_loop` around this one passes is not the caller's.
+    if told is not None and not isinstance(told, InnerStep):
+        raise ValueError(
+            "`inner_step` must not be an extra argument of `update`, got "
+            f"{told!r}: `outer_loop` tells the outer optimizer about the inner step by "
+            "this name. Rename the argument."
+        )
+
+
+def describe_path(path: Any) -> str:
+    """Returns the path of a leaf as a user would index it."""
+    return jax.tree_util.keystr(path) or "the root"
+
+
+def describe_state(opt_state: Any) -> str:
+    """Returns the name of its type, or that it holds a state of `optax.lookahead`."""
+
+    def is_optax_lookahead(node: Any) -> bool:
+        return isinstance(node, optax.LookaheadState)
+
+    if any(
+        map(is_optax_lookahead, jax.tree.leaves(opt_state, is_leaf=is_optax_lookahead))
+    ):
+        return "state of `optax.lookahead`"
+    return type(opt_state).__name__
+
+
+def _mismatch(got: str, expected: str) -> ValueError:
+    return ValueError(
+        "`params` must have the tree and the shapes that `init` saw, got "
+        f"{got}, where the state has {expected}. Pass the parameters that this state "
+        "belongs to, or start a new one with `init`."
+    )
+
+
+def _holds(dtype: Any, other: Any) -> bool:
+    """Returns whether every float of the dtype `other` is one of `dtype`."""
+    if not (jnp.issubdtype(dtype, jnp.inexact) and jnp.issubdtype(other, jnp.inexact)):
+        return True
+    wide, narrow = jnp.finfo(dtype), jnp.finfo(other)
+    return bool(wide.eps <= narrow.eps and wide.max >= narrow.max)
+
+
+_NOT_STATIC = object()
+
+
+def _static_scalar(name: str, value: Any) -> Any:
+    """Returns a Python value, but no array of JAX, and raises if it has axes."""
+    if getattr(value, "shape", ()):
+        raise ValueError(
+            f"`{name}` must be a scalar, got an array of shape {value.shape}. "
+            f"To try several values at once, `jax.vmap` over `{name}`."
+        )
+    if isinstance(value, jax.Array):
+        return _NOT_STATIC
+    # NumPy's scalars are as static as Python's, and its bool is no `bool`.
+    return value.item() if hasattr(value, "item") else value

@@ -1,0 +1,104 @@
+"""What in the state of an optimizer belongs to each of many replicas."""
+
+from typing import Any
+
+import jax
+import optax
+
+from ._state import LookaheadState
+
+# What wrappers around the loop decide by whether or when to step, which all replicas
+# must do together.
+_SHARED_FIELDS = {
+    optax.ConditionallyMaskState: ("step",),
+    optax.ConditionallyTransformState: ("step",),
+    optax.InjectStatefulHyperparamsState: (
+        "count",
+        "hyperparams",
+        "hyperparams_states",
+    ),
+    optax.MultiStepsState: ("mini_step", "gradient_step"),
+}
+
+
+def replica_axes(opt_state: optax.OptState) -> Any:
+    """Returns the axis of the replicas for each array of an optimizer's state.
+
+    Everything in a state belongs to each replica, and has the replicas on axis 0, but
+    for what says when to sync, of which there is one for all of them and the axis is
+    None: `steps_since_sync` and `sync_count` of every lookahead state, and what
+    wrappers around it decide by, such as the counters of `optax.MultiSteps` and the
+    hyperparameters of `optax.inject_hyperparams`. Inside of the inner or the outer
+    optimizer such wrappers are each replica's own.
+
+    Args:
+      opt_state: State of the optimizer of one replica, from its `init`, or its shapes,
+        from `jax.eval_shape`. It holds at least one lookahead state.
+
+    Returns:
+      A tree like `opt_state` of 0 and None, for `in_axes` and `out_axes` of `jax.vmap`.
+
+    Raises:
+      ValueError: If `opt_state` holds no lookahead state.
+
+    Examples:
+      The state of three replicas, and its specification for `jax.shard_map`:
+
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from jax.sharding import PartitionSpec as P
+      >>> from optax_lookahead import average_replicas, outer_loop, replica_axes
+      >>> outer = optax.chain(average_replicas("replica"), optax.sgd(1.0))
+      >>> tx = outer_loop(optax.adam(0.1), outer, k=2)
+      >>> one = {"w": jnp.ones((4, 2)), "temperature": jnp.ones([])}
+      >>> axes = replica_axes(jax.eval_shape(tx.init, one))
+      >>> params = jax.tree.map(lambda x: jnp.stack([x] * 3), one)
+      >>> state = jax.vmap(tx.init, out_axes=axes)(params)
+      >>> state.fast_state[0].count.shape, state.steps_since_sync.shape
+      ((3,), ())
+      >>> spec = jax.tree.map(
+      ...     lambda axis: P() if axis is None else P("replica"),
+      ...     axes,
+      ...     is_leaf=lambda axis: axis is None,
+      ... )
+      >>> spec.fast_state[0].count == P("replica"), spec.steps_since_sync == P()
+      (True, True)
+    """
+
+    def is_lookahead(node: Any) -> bool:
+        return isinstance(node, LookaheadState)
+
+    def holds_lookahead(node: Any) -> bool:
+        return any(map(is_lookahead, jax.tree.leaves(node, is_leaf=is_lookahead)))
+
+    if not holds_lookahead(opt_state):
+        raise ValueError(
+            "`opt_state` must hold the state of a lookahead, got a "
+            f"{type(opt_state).__name__} without one. Pass what `init` of the whole "
+            "optimizer returned."
+        )
+
+    def own(tree: Any) -> Any:
+        """Returns the axes of what stands inside of a lookahead state, or beside it."""
+
+        def node(x: Any) -> Any:
+            return around(x) if is_lookahead(x) else 0
+
+        return jax.tree.map(node, tree, is_leaf=is_lookahead)
+
+    def around(node: Any) -> Any:
+        if is_lookahead(node):
+            fields = {name: own(getattr(node, name)) for name in node._fields}
+            return LookaheadState(
+                **fields | {"steps_since_sync": None, "sync_count": None}
+            )
+        if not holds_lookahead(node):
+            return own(node)
+        # One level down: its children, whatever container it is.
+        children, treedef = jax.tree.flatten(node, is_leaf=lambda x: x is not node)
+        axes = treedef.unflatten(map(around, children))
+        for name in _SHARED_FIELDS.get(type(node), ()):
+            shared = jax.tree.map(lambda _: None, getattr(node, name))
+            axes = axes._replace(**{name: shared})
+        return axes
+
+    return around(opt_state)
