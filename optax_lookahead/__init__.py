@@ -14,11 +14,6 @@ True
 """
 
 from ._average import average_replicas as average_replicas
-from ._curvature import adam_curvature as adam_curvature
-from ._line_minimum import (
-    LineMinimumState as LineMinimumState,
-    line_minimum as line_minimum,
-)
 from ._lookahead import lookahead as lookahead, outer_loop as outer_loop
 from ._query import slow_params as slow_params
 from ._state import InnerStep as InnerStep, LookaheadState as LookaheadState

@@ -4,8 +4,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
-from jax.tree_util import all_leaves
 
 from ._validation import describe_path
 
@@ -46,35 +44,3 @@ def _check_result(who: str, what: str, new: Any, given: Any, use: str) -> None:
                 f"{jnp.shape(x)} where {describe_path(path)} has {jnp.shape(old)}. Use "
                 f"{use} that keeps the shapes."
             )
-
-
-def check_like(name: str, tree: Any, pseudo_grads: Any) -> list[Any]:
-    """Returns what a function made for each pseudo-gradient, and raises if it did not.
-
-    A pseudo-gradient may be an `optax.MaskedNode`, for which it may make anything.
-    """
-    remedy = "Return a tree like the parameters."
-    gs, treedef = jax.tree.flatten_with_path(pseudo_grads, is_leaf=is_masked)
-    try:
-        xs = treedef.flatten_up_to(tree)
-    except ValueError as error:
-        raise ValueError(
-            f"`{name}` must return a tree like the parameters, got "
-            f"{jax.tree.structure(tree)} where they have {treedef}. {remedy}"
-        ) from error
-    for (path, g), x in zip(gs, xs, strict=True):
-        if is_masked(g):
-            continue
-        got = f"shape {jnp.shape(x)}" if all_leaves([x]) else f"{x!r}"
-        if got != f"shape {jnp.shape(g)}":
-            raise ValueError(
-                f"`{name}` must return arrays with the shapes of the parameters, got "
-                f"{got} at {describe_path(path)}, where they have {jnp.shape(g)}. "
-                f"{remedy}"
-            )
-    return xs
-
-
-def is_masked(node: Any) -> bool:
-    """Returns whether this is what Optax puts where it hides a leaf."""
-    return isinstance(node, optax.MaskedNode)

@@ -172,17 +172,6 @@ def check_inner_step(inner_step: Any, inner_step_type: type, outer: str) -> None
         )
 
 
-def check_number(name: str, value: Any, remedy: str) -> Any:
-    """Returns a static number, None for another, and raises if it is no scalar."""
-    _check_scalar(name, value)
-    if isinstance(value, jax.Array):
-        return None
-    number = _python_value(value)
-    if isinstance(number, bool) or not isinstance(number, int | float):
-        raise TypeError(f"`{name}` must be a number, got {number!r}. {remedy}")
-    return number
-
-
 def _check_scalar(name: str, value: Any) -> None:
     shape = getattr(value, "shape", ())
     if shape:

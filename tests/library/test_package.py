@@ -20,9 +20,6 @@ def test_the_public_names_are_these():
         "LookaheadState",
         "InnerStep",
         "average_replicas",
-        "line_minimum",
-        "adam_curvature",
-        "LineMinimumState",
     }
 
 
