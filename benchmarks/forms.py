@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from timing import Program
 
-from optax_lookahead import adam_curvature, line_minimum, lookahead, outer_loop
+from optax_lookahead import lookahead, outer_loop
 
 ALPHA = 0.5
 INNERS: dict[str, optax.GradientTransformation] = {
@@ -117,9 +117,7 @@ POLICIES: dict[str, Callable[[optax.GradientTransformation, int], Any]] = {
     RESET: lambda inner, k: lookahead(inner, k, ALPHA, inner_state="reset"),
     INTERPOLATE: lambda inner, k: lookahead(inner, k, ALPHA, inner_state="interpolate"),
 }
-LINE = f"{OURS}, line_minimum"  # around what has Adam's second moment
 ALL = FORMS | POLICIES
-ALL[LINE] = lambda inner, k: outer_loop(inner, line_minimum(adam_curvature()), k)
 
 
 class Form:

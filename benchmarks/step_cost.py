@@ -22,7 +22,6 @@ Everything at once would be thousands of programs, so these slices of it are mea
     dtypes   bfloat16, slow weights too or float32      20 x 500,000, k = 5
     k        1, 5, 10 and 50                            20 x 100,000 float32
     policies reset and interpolate                      20 x 500,000 float32, k = 5
-    line     line_minimum                               20 x 500,000 float32, k = 5
 
     python benchmarks/step_cost.py
     python benchmarks/step_cost.py --quick    # some of each, at a small size
@@ -46,7 +45,6 @@ from forms import (
     COND,
     FORMS,
     INNERS,
-    LINE,
     LOOP_COND,
     NESTEROV,
     OURS,
@@ -115,7 +113,6 @@ def cases() -> list[Case]:
             Case("policies", inner, forms=[ALONE, OURS, *POLICIES])
             for inner in ("momentum", "adam")
         ),
-        Case("line", "adam", forms=[ALONE, OURS, LINE]),
     ]
 
 

@@ -20,9 +20,7 @@ def test_the_public_names_are_these():
         "LookaheadState",
         "InnerStep",
         "average_replicas",
-        "line_minimum",
-        "adam_curvature",
-        "LineMinimumState",
+        "replica_axes",
     }
 
 

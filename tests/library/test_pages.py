@@ -171,16 +171,6 @@ def test_the_line_for_a_descendant_trains(name):
     assert 0.0 < optax.tree.norm(slow) < optax.tree.norm(start)
 
 
-def test_the_adaptive_alpha_trains_and_is_shown(capsys):
-    run_block("adaptive-alpha")
-    printed = capsys.readouterr().out
-    loss, alpha = re.fullmatch(
-        r"loss (\d+\.\d{4}), alpha (\d\.\d\d)\n", printed
-    ).groups()
-    assert float(loss) < 0.1
-    assert 0.2 <= float(alpha) <= 1.0
-
-
 @pytest.mark.skipif(
     not hasattr(jax, "memory"), reason="JAX 0.6 has no `jax.memory`, and one memory"
 )

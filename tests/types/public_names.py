@@ -11,11 +11,8 @@ import optax
 
 from optax_lookahead import (
     InnerStep,
-    LineMinimumState,
     LookaheadState,
-    adam_curvature,
     average_replicas,
-    line_minimum,
     lookahead,
     outer_loop,
     slow_params,
@@ -32,7 +29,6 @@ def constructors(inner: optax.GradientTransformation, k: jax.Array) -> None:
     assert_type(lookahead(inner, slow_dtype="float32"), Transformation)
     outer = optax.chain(average_replicas("replica"), optax.sgd(0.7))
     assert_type(outer_loop(inner, outer, k=30), Transformation)
-    assert_type(outer_loop(inner, line_minimum(adam_curvature()), 5), Transformation)
     assert_type(average_replicas(("replica", "pod")), Transformation)
 
 
@@ -56,7 +52,6 @@ def state_and_query(params: optax.Params, opt_state: optax.OptState) -> None:
     assert_type(opt_state.fast_state, optax.OptState)
     assert_type(opt_state.slow_params, optax.Params)
     assert_type(opt_state.sync_count, jax.typing.ArrayLike)
-    assert isinstance(opt_state.outer_state, LineMinimumState)
 
 
 def outer_update(
