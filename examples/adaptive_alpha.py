@@ -82,8 +82,7 @@ def adaptive_alpha(curvature, min_alpha=MIN_ALPHA, max_alpha=MAX_ALPHA):
             moved = optax.tree.mul(diagonal, inner_step.updates)
             grads = optax.tree.add(inner_step.grads, moved)
         else:
-            # What is made on other steps than a sync is dropped; only a further gradient
-            # is worth a branch.
+            # What is made on other steps is dropped, but a gradient costs too much.
             theta = optax.tree.add(params, d)
             grads = jax.lax.cond(inner_step.sync, grad_fn, optax.tree.zeros_like, theta)
         slope = optax.tree.vdot(grads, d)
