@@ -1,4 +1,4 @@
-"""Many workers that talk once a cycle: the mean of where their fast weights got to."""
+"""Many workers that communicate once a cycle: the mean of their fast weights."""
 
 from typing import Any
 
@@ -16,21 +16,25 @@ def average_replicas(
 
     For `outer_loop`, at the beginning of the outer optimizer's chain. Each replica
     takes its inner steps alone; at a sync, and only then, the replicas communicate,
-    and what follows in the chain is given the way back from the mean of their fast
+    and what follows in the chain is given the pseudo-gradient of the mean of their fast
     weights:
 
         pseudo_grads_r = phi_r - mean_s(theta_s)
 
-    Not the mean of the ways `phi_s - theta_s`: this form also pulls together what sets
-    the slow weights of the replicas apart, such as roundings or different starts.
+    Not the mean of the pseudo-gradients `phi_s - theta_s`: this form also takes back
+    differences between the replicas' slow weights, from roundings or different starts.
 
     With `optax.sgd(1.0)` after it this is Local SGD, with `optax.sgd(alpha)` Lookahead
     over workers, with Nesterov momentum DiLoCo, and MuLoCo with Muon as `inner`. With
     one replica it changes nothing.
 
-    An element that is not finite on a replica is left out of the mean. That replica's
-    slow weight takes the step of the others, and its parameter the inner update, until
-    the loop sets it from `slow_params`. Where no replica is finite, nothing moves.
+    A replica that broke is left out of the mean whole: one with an element of its fast
+    weights that is not finite, though its slow weight is. What follows in the chain is
+    given the mean of the healthy replicas there too, so that its state stays that of
+    the others; of its slow weights only the broken elements stay behind. With no
+    healthy replica the pseudo-gradients are 0, and momentum or weight decay may still
+    move the slow weights. On automatic axes of a mesh the devices of a replica agree
+    about that; on manual ones each device decides for its own part of the parameters.
 
     All replicas must be at the same place in their cycles: `steps_since_sync` must be
     one number for all of them, not one for each. Under `jax.shard_map` it has the

@@ -1,4 +1,4 @@
-"""The two public transformations: which slow step ends a cycle."""
+"""The two public transformations: what takes the slow step that ends a cycle."""
 
 import jax
 import optax
@@ -32,13 +32,12 @@ def lookahead(
     weights that were loaded, clipped or projected outside the optimizer count. After
     a sync, `slow_params` in the state equals the new parameters bit for bit.
 
-    The slow weights stay finite. An element syncs only if its fast weight, its way
-    back and the weight that it lands on are finite, as they are stored; otherwise it
-    takes the update of `inner`, and its slow weight stays. No cycle starts from an
-    element that is not finite. So a run that blew up goes on from what the function
-    `slow_params` returns, with moments cleared by a new `init`. A blow-up that is
-    still finite at a sync is taken; and what is infinite by design, such as a mask,
-    has to be so at `init`.
+    The slow weights stay finite: a slow weight takes the value that a sync arrives at
+    only if that value is finite, and a cycle does not start from an element that is not
+    finite. So a run that blew up at any step can go on from what the function
+    `slow_params` returns, with a new state of `inner`, whose moments may be NaN. A
+    blow-up that is still finite at a sync is taken. Entries that are infinite by
+    design, such as a mask, have to be so at `init`, and stay as they are.
 
     Args:
       inner: The optimizer that takes the fast steps. Extra arguments of `update` are
@@ -74,9 +73,9 @@ def lookahead(
         parameters, which it replaces in floating leaves. With bfloat16 parameters and
         `slow_dtype="float32"` the slow weights keep the bits that small steps need: a
         cycle starts from the slow weight unless the parameter is further from it than
-        one rounding, which means that somebody changed it. The fast weights set out
-        from its rounding and stay in the parameters' dtype: of updates too small for
-        that they keep the last one of a cycle.
+        one rounding, which means that somebody changed it. The fast weights start from
+        its rounding and stay in the parameters' dtype: of updates too small for that
+        they keep the last one of a cycle.
 
     Returns:
       A `GradientTransformationExtraArgs` whose state is a `LookaheadState`. Its
@@ -86,15 +85,17 @@ def lookahead(
       follows at the sync.
 
     Raises:
-      TypeError: If `inner` is no gradient transformation, a static `k` no integer,
-        a static `alpha` no real number, or `slow_dtype` no floating dtype. `init`
-        raises it if a leaf is no array.
+      TypeError: If `inner` is not a gradient transformation, a static `k` not an
+        integer, a static `alpha` not a real number, or `slow_dtype` not a floating
+        dtype. `init` raises it if a leaf is not an array, `update` if the state is not
+        a `LookaheadState`.
       ValueError: If a static `k` is below 1 or beyond int32, a static `alpha` is
         outside [0, 1], either is an array that is not a scalar, or `inner_state` is
         none of the four. `init` raises it if `slow_dtype` is narrower than a
         parameter, or if the state of `inner` cannot be interpolated; `update` without
-        `params`, with `params` that are unlike those that `init` saw, or if the
-        function `inner_state` returns another tree, other shapes or other dtypes.
+        `params`, with `params` that are unlike those that `init` saw or wider than the
+        slow weights of the state, or if the function `inner_state` returns another
+        tree, other shapes or other dtypes.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
@@ -131,7 +132,7 @@ def outer_loop(
 ) -> optax.GradientTransformationExtraArgs:
     """Lets an outer optimizer take a step after every k steps of an inner one.
 
-    It is given the way that the inner optimizer went, with the sign of a gradient, and
+    It is given the pseudo-gradient, which is the slow weights minus the fast ones, and
     the slow weights as its parameters:
 
         theta_{t,0} = phi_{t-1}
@@ -142,11 +143,15 @@ def outer_loop(
     rounding; with Nesterov momentum it is SNOO, and DiLoCo and MuLoCo with one worker;
     with heavy-ball momentum SlowMo, at a constant learning rate and with one worker.
     For several workers put `average_replicas` before the outer optimizer.
-    In all else, `outer_loop` is as `lookahead`.
+
+    The slow weights stay finite as those of `lookahead` do. `outer` is given 0 for an
+    element of the pseudo-gradient that is not finite, and its update is dropped there.
+    Where `outer` itself returns what is not finite, the slow weight stays and the
+    parameter goes with it. In all else, `outer_loop` is as `lookahead`.
 
     Args:
       inner: The optimizer that takes the fast steps. Extra arguments of `update` are
-        forwarded to it, but for `outer_args`.
+        forwarded to it, except `outer_args`.
       outer: The optimizer that takes the slow steps. It is evaluated in every step,
         and counts at a sync: on other steps its gradient is 1, where every optimizer
         has derivatives, and its result is dropped. So its state moves only at a sync,
@@ -165,8 +170,8 @@ def outer_loop(
       outer optimizer's in `outer_state`.
 
     Raises:
-      TypeError: As `lookahead`, and if `outer` is no gradient transformation or
-        `outer_args` no dict.
+      TypeError: As `lookahead`, and if `outer` is not a gradient transformation or
+        `outer_args` not a dict.
       ValueError: As `lookahead`, and if `inner_state` is `"interpolate"`. `update`
         raises it if `outer` returns updates or a state of another tree or other
         shapes than it was given, or if an extra argument is named `inner_step`.

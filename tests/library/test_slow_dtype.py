@@ -3,6 +3,8 @@
 import functools
 import pickle
 
+import equinox as eqx
+import flax.serialization
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -513,3 +515,85 @@ def test_integers_that_jax_does_not_promote_stay_beside_what_is_trained(dtype):
     for n in (params["n"], state.slow_params["n"], slow_params(state, params)["n"]):
         assert n.dtype == dtype
         np.testing.assert_array_equal(n.astype(jnp.int32), 1)
+
+
+# A slow copy with fewer bits than its parameter would stop training.
+
+TOO_NARROW = (
+    r"`slow_params` in the state must be at least as wide .* got {} at .* where {}"
+)
+
+
+def widened(state, dtype):
+    """The remedy of the message."""
+    return state._replace(slow_params=optax.tree.cast(state.slow_params, dtype))
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize(
+    ("narrow", "wide"),
+    [
+        ("bfloat16", "float32"),
+        ("float16", "float32"),
+        ("float16", "bfloat16"),
+        ("bfloat16", "float16"),
+        ("float32", "float64"),
+        ("complex64", "complex128"),
+    ],
+)
+def test_parameters_that_became_wider_in_mid_run_are_refused(
+    x64, narrow, wide, transform
+):
+    tx = lookahead(optax.sgd(0.1), 2)
+    step = transform(tx.update)
+    params = jnp.asarray([1.0, 2.0], narrow)
+    _, state = step(params, tx.init(params), params)
+    params = params.astype(wide)
+    with pytest.raises(ValueError, match=TOO_NARROW.format(narrow, wide)):
+        step(params, state, params)
+    _, state = step(params, widened(state, wide), params)
+    assert state.slow_params.dtype == wide
+
+
+def test_a_bfloat16_model_that_float32_updates_make_float32_is_refused():
+    # As `eqx.apply_updates` does, which adds without a cast.
+    tx = lookahead(optax.adam(0.1, mu_dtype=jnp.float32), 2)
+    params = {"w": jnp.ones(3, BF16)}
+    state = tx.init(params)
+    updates, state = tx.update(params, state, params)
+    assert updates["w"].dtype == jnp.float32
+    params = eqx.apply_updates(params, updates)
+    with pytest.raises(ValueError, match=TOO_NARROW.format("bfloat16", "float32")):
+        tx.update(params, state, params)
+
+
+def test_a_state_that_was_cast_is_refused():
+    tx = lookahead(optax.adam(0.1), 2)
+    params = {"w": jnp.ones(3), "n": jnp.arange(3)}
+    state = optax.tree.cast(tx.init(params), jnp.bfloat16)
+    grads = {"w": jnp.ones(3), "n": jnp.zeros(3)}
+    with pytest.raises(ValueError, match=TOO_NARROW.format("bfloat16", "float32")):
+        tx.update(grads, state, params)
+
+
+@pytest.mark.parametrize(
+    "through",
+    [
+        lambda tx, params, state: flax.serialization.from_bytes(
+            tx.init(params), flax.serialization.to_bytes(state)
+        ),
+        lambda tx, params, state: pickle.loads(pickle.dumps(state)),
+    ],
+    ids=["flax", "pickle"],
+)
+def test_a_restored_state_without_the_slow_dtype_asked_for_is_refused(through):
+    params, inner = jnp.ones(3, BF16), optax.sgd(0.1)
+    narrow, wide = lookahead(inner, 2), lookahead(inner, 2, slow_dtype="float32")
+    state = through(wide, params, narrow.init(params))
+    with pytest.raises(ValueError, match=TOO_NARROW.format("bfloat16", "float32")):
+        wide.update(params, state, params)
+    wide.update(params, widened(state, "float32"), params)
+    # The other way no bit is lost, and the state keeps its dtype.
+    state = through(narrow, params, wide.init(params))
+    _, state = narrow.update(params, state, params)
+    assert state.slow_params.dtype == jnp.float32
