@@ -71,7 +71,7 @@ def cycles(
 
         # 1. One step of the inner optimizer.
         grads = updates
-        updates, fast_state = inner.update(
+        inner_updates, fast_state = inner.update(
             grads, state.fast_state, params, **inner_args
         )
 
@@ -89,27 +89,27 @@ def cycles(
             alpha_now = alpha(state.sync_count) if callable(alpha) else alpha
             outer_state = state.outer_state
             synced = jax.tree.map(
-                partial(interpolate, sync, alpha_now), params, updates, phi
+                partial(interpolate, sync, alpha_now), params, inner_updates, phi
             )
         else:
             alpha_now = None
-            pseudo_grads = jax.tree.map(pseudo_gradient, params, updates, phi)
+            pseudo_grads = jax.tree.map(pseudo_gradient, params, inner_updates, phi)
             finite = jax.tree.map(is_finite, pseudo_grads)
             intact = jax.tree.map(is_intact, phi, finite)
-            inner_step = InnerStep(grads, updates, fast_state, sync, intact)
+            inner_step = InnerStep(grads, inner_updates, fast_state, sync, intact)
             slow_updates, outer_state = outer_step(
                 outer, pseudo_grads, finite, phi, state, inner_step, outer_args
             )
             synced = jax.tree.map(
                 partial(add_slow_update, sync),
                 params,
-                updates,
+                inner_updates,
                 phi,
                 pseudo_grads,
                 finite,
                 slow_updates,
             )
-        updates = jax.tree.map(lambda _, leaf: leaf[0], params, synced)
+        final_updates = jax.tree.map(lambda _, leaf: leaf[0], params, synced)
         slow_params = jax.tree.map(lambda _, leaf: leaf[1], params, synced)
 
         # 5. What the sync means for the inner state.
@@ -118,7 +118,7 @@ def cycles(
         )
         fast_state = _inner_state.invalidate_linesearch_values(sync, fast_state)
 
-        return updates, LookaheadState(
+        return final_updates, LookaheadState(
             fast_state=fast_state,
             slow_params=slow_params,
             steps_since_sync=jnp.where(sync, 0, steps),
