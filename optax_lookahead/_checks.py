@@ -61,7 +61,7 @@ def check_slow_dtype(slow_dtype: Any) -> Any:
         f"`slow_dtype` must be a floating dtype or None, got {slow_dtype!r}. "
         "Write for example `slow_dtype='float32'`."
     )
-    if isinstance(slow_dtype, jax.typing.ArrayLike):  # has a dtype, but is none
+    if isinstance(slow_dtype, jax.typing.ArrayLike):  # it has a dtype, but is not one
         raise TypeError(message)
     try:
         dtype = jnp.dtype(slow_dtype)
@@ -280,5 +280,5 @@ def _static_scalar(name: str, value: Any) -> Any:
         )
     if isinstance(value, jax.Array):
         return _NOT_STATIC
-    # NumPy's scalars are as static as Python's, and its bool is no `bool`.
+    # NumPy's scalars are static too, and `numpy.bool` is not a `bool`.
     return value.item() if hasattr(value, "item") else value

@@ -85,7 +85,9 @@ def slow_params(
         (steps_since_sync,) = jax.tree.leaves(state.steps_since_sync)
         check_unstacked(steps_since_sync)
         start = steps_since_sync == 0
-        for path, phi in jax.tree.leaves_with_path(_like(params, state.slow_params)):
+        for path, phi in jax.tree.leaves_with_path(
+            _in_tree_of(params, state.slow_params)
+        ):
             if path in seen:
                 raise ValueError(
                     "`opt_state` must hold one slow copy of each parameter, got two "
@@ -108,7 +110,7 @@ def slow_params(
     return jax.tree.unflatten(treedef, [slow[path] for path, _ in leaves])
 
 
-def _like(params: Any, slow: Any) -> Any:
+def _in_tree_of(params: Any, slow: Any) -> Any:
     """Returns `slow` in the paths of `params`, of which a wrapper made another tree."""
     slow = _merged(slow)
     if not all_leaves([slow]) or all_leaves([params]):

@@ -301,6 +301,46 @@ def test_entries_that_are_infinite_by_design_stay_and_raise_nothing(name, debug)
         assert np.all(np.abs(params["w"]) < np.abs(start["w"]))
 
 
+OUTERS = {
+    "adamw": optax.adamw(0.1),
+    "nesterov": optax.sgd(0.7, momentum=0.5, nesterov=True),
+}
+
+
+@pytest.mark.parametrize("name", OUTERS)
+@pytest.mark.parametrize(
+    ("dtype", "slow_dtype"),
+    [
+        ("float16", None),
+        ("float16", "float32"),
+        ("bfloat16", "float32"),
+        ("complex64", None),
+        ("float32", None),
+    ],
+)
+def test_infinite_entries_harm_nothing_else_in_any_dtype(dtype, slow_dtype, name):
+    tx = outer_loop(optax.sgd(0.1), OUTERS[name], 2, slow_dtype=slow_dtype)
+
+    def train(start):
+        step = jax.jit(tx.update)
+        params, state = start, tx.init(start)
+        for _ in range(5):
+            grads = 0.5 * jnp.where(jnp.isfinite(params), params, 0)
+            updates, state = step(grads, state, params)
+            params = optax.apply_updates(params, updates)
+        return params, state.slow_params
+
+    infinite = -jnp.inf if dtype != "complex64" else complex(-np.inf, 1.0)
+    start = jnp.asarray([1.0, infinite, 2.0, -0.5], dtype)
+    with jax.debug_nans(True):
+        both = train(start), train(start[::2])
+    for got, alone in zip(*both, strict=True):
+        assert got[1] == infinite
+        np.testing.assert_allclose(
+            np.asarray(got[::2], complex), np.asarray(alone, complex), rtol=1e-3
+        )
+
+
 def test_an_infinite_entry_that_is_loaded_later_is_put_into_the_slow_weights_too():
     tx = lookahead(optax.sgd(0.1), 2, 0.5)
     params = jnp.asarray([1.0, 0.0])
