@@ -95,10 +95,13 @@ def cycles(
             alpha_now = None
             pseudo_grads = jax.tree.map(pseudo_gradient, params, inner_updates, phi)
             finite = jax.tree.map(is_finite, pseudo_grads)
+            pseudo_grads = jax.tree.map(
+                lambda g, ok: jnp.where(ok, g, jnp.zeros_like(g)), pseudo_grads, finite
+            )
             intact = jax.tree.map(is_intact, phi, finite)
             inner_step = InnerStep(grads, inner_updates, fast_state, sync, intact)
             slow_updates, outer_state = outer_step(
-                outer, pseudo_grads, finite, phi, state, inner_step, outer_args
+                outer, pseudo_grads, phi, state, inner_step, outer_args
             )
             synced = jax.tree.map(
                 partial(add_slow_update, sync),

@@ -25,7 +25,6 @@ def split_args(extra_args: dict[str, Any]) -> tuple[dict[str, Any], dict[str, An
 def outer_step(
     outer: optax.GradientTransformationExtraArgs,
     pseudo_grads: Any,
-    finite: Any,
     phi: Any,
     state: LookaheadState,
     inner_step: InnerStep,
@@ -35,12 +34,7 @@ def outer_step(
     sync = inner_step.sync
     # On other steps its result is dropped. What it is given there is 1, since many
     # optimizers have no derivative at 0, where 0 times infinity would be a NaN.
-    other = jnp.where(sync, 0, 1)
-    grads = jax.tree.map(
-        lambda g, ok: jnp.where(sync & ok, g, other.astype(g.dtype)),
-        pseudo_grads,
-        finite,
-    )
+    grads = jax.tree.map(lambda g: jnp.where(sync, g, jnp.ones_like(g)), pseudo_grads)
     slow_updates, outer_state = outer.update(
         grads,
         state.outer_state,

@@ -55,14 +55,13 @@ def interpolate(sync: Any, alpha: Any, p: Any, u: Any, phi: Any) -> tuple[Any, A
     """Returns update and slow weight: at a sync phi moves alpha towards p + u."""
     if u is None or not is_inexact(phi):
         return _without_slow_step(sync, p, u, phi)
-    if is_wider(phi, p):
-        g = pseudo_gradient(p, u, phi)
-        return _sync_wide(sync, p, u, phi, jnp.asarray(-alpha, g.dtype) * g)
     g = pseudo_gradient(p, u, phi)
+    if is_wider(phi, p):
+        return _sync_wide(sync, p, u, phi, jnp.asarray(-alpha, g.dtype) * g)
     finite = is_finite(g)
-    u_wide = jnp.asarray(u, g.dtype)
     # Not `g - alpha * g`, which rounds twice.
-    step = u_wide + jnp.asarray(1 - alpha, g.dtype) * jnp.where(finite, g, 0)
+    back = jnp.asarray(1 - alpha, g.dtype) * jnp.where(finite, g, jnp.zeros_like(g))
+    step = jnp.asarray(u, g.dtype) + back
     if isinstance(alpha, jax.Array) or alpha == 0:
         # There `u + g` would be a rounding of u away from phi, at every sync.
         to_phi = jnp.asarray(phi, g.dtype) - jnp.asarray(p, g.dtype)
@@ -84,12 +83,12 @@ def add_slow_update(
         return _without_slow_step(sync, p, u, phi)
     # No step where the pseudo-gradient is not finite: weight decay would make a NaN of
     # an entry that is infinite by design.
+    slow_update = jnp.where(finite, slow_update, jnp.zeros_like(slow_update))
     if is_wider(phi, p):
-        return _sync_wide(sync, p, u, phi, jnp.where(finite, slow_update, 0))
+        return _sync_wide(sync, p, u, phi, slow_update)
     dtype = pseudo_grad.dtype
-    to_slow = pseudo_grad + jnp.asarray(slow_update, dtype)
-    step = jnp.asarray(u, dtype) + jnp.where(finite, to_slow, 0)
-    return _sync(sync, p, u, phi, step)
+    step = pseudo_grad + jnp.asarray(slow_update, dtype)
+    return _sync(sync, p, u, phi, jnp.asarray(u, dtype) + step)
 
 
 def _sync(sync: Any, p: Any, u: Any, phi: Any, step: Any) -> tuple[Any, Any]:

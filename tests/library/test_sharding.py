@@ -362,7 +362,6 @@ WRONG_PLACES = {
     ),
     "some of the devices": (on(EIGHT, AUTO, "data"), on(FOUR, AUTO, "data")),
     "one device": (on(EIGHT, AUTO, "data"), jax.devices()[0]),
-    "another mesh": (on(EIGHT, AUTO, "data"), on(TWO_AXES, AUTO, "model", "data")),
 }
 
 
