@@ -60,10 +60,17 @@ def lookahead(
           optimizer reads off that count (`optax.contrib.prodigy` does, as do `momo`
           and `dadapt_adamw`). So do random keys, whose noise then repeats itself, and
           cycles within `inner`, such as those of `optax.MultiSteps`.
-        - `"interpolate"`: its floating leaves that are like the parameters, such as
-          moments, move to `old + alpha * (now - old)`, with their value at the last
-          sync as `old`; the others stay. The state then holds a copy of them. A
-          moment that is NaN stays NaN, as under `"keep"`.
+        - `"interpolate"`: its moments move to `old + alpha * (now - old)`, with their
+          value at the last sync as `old`. The state then holds a copy of them. Moments
+          are all floating trees that `optax.tree.map_params` finds to be like the
+          parameters, and positions that move with the weights, such as `z` of
+          schedule-free. Left as they are: scalars and counts, and of Optax's own
+          states what is like the parameters and no moment, which a table lists:
+          gradients that are being accumulated or compared with the next one, the
+          projector of GaLore, the memory of L-BFGS, where the run began, sums that
+          belong to estimates of distance, measurements. Of other states it cannot be
+          known: every floating tree in them that is like the parameters moves. A
+          moment that is not finite stays so, as under `"keep"`.
         - A function `(state, fresh) -> state` of the inner state after the cycle's
           last step, and of what `inner.init` gives at the new parameters. It is
           evaluated in every step, and counts at a sync.

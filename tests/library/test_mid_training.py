@@ -3,6 +3,8 @@
 Every step is compared with Adam and Algorithm 1 in NumPy, which change likewise.
 """
 
+import functools
+
 import flax.serialization
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ import orbax.checkpoint as ocp
 import pytest
 import reference
 
-from optax_lookahead import lookahead, slow_params
+from optax_lookahead import lookahead, outer_loop, slow_params, with_inner_state
 
 ADAM = optax.adam(0.1)
 
@@ -138,3 +140,134 @@ def test_an_injected_k_and_alpha_come_back_from_the_checkpoint():
     saved = flax.serialization.to_bytes(old.init(params))
     state = flax.serialization.from_bytes(new.init(params), saved)
     assert state.hyperparams == {"k": 5, "alpha": 0.5}
+
+
+# An inner state in hand, under every policy.
+
+POLICIES = {
+    "keep": lambda: (reference.keep, "keep"),
+    "reset": lambda: (reference.reset, "reset"),
+    "interpolate": lambda: (reference.interpolate, "interpolate"),
+    "function": lambda: (reference.keep, lambda state, fresh: state),
+}
+
+
+class Policed(Paper):
+    """Adam in NumPy with Algorithm 1, and what a sync does to Adam's memory."""
+
+    def turn_on(self, policy):
+        at_sync = POLICIES[policy]()[0]
+        self.at_sync = at_sync() if policy == "interpolate" else at_sync
+        if policy == "interpolate":  # from the moments in hand
+            self.at_sync(self.memory, 1.0)
+
+    def rest_of_a_cycle(self, steps, alpha):
+        visited = super().rest_of_a_cycle(steps, alpha)
+        self.at_sync(self.memory, alpha)
+        return visited
+
+
+def assert_memory(state, paper):
+    adam = state.fast_state[0]
+    if not paper.memory:  # after a reset
+        assert adam.count == 0
+        return
+    np.testing.assert_allclose(adam.mu, paper.memory["m"], rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(adam.nu, paper.memory["v"], rtol=1e-9)
+    assert adam.count == paper.memory["t"]
+
+
+@pytest.mark.parametrize(
+    ("policy", "loop"),
+    [(policy, "lookahead") for policy in POLICIES]
+    # An outer optimizer has no fraction to move by.
+    + [(policy, "outer_loop") for policy in POLICIES if policy != "interpolate"],
+)
+def test_a_state_made_of_an_inner_state_in_hand_follows_every_policy(x64, policy, loop):
+    paper = Policed()
+    theta = jnp.asarray(paper.theta)
+    theta, adam_state = follow(ADAM, theta, ADAM.init(theta), paper.inner_steps(7), 0)
+    given = POLICIES[policy]()[1]
+    if loop == "lookahead":
+        tx = lookahead(ADAM, 3, 0.4, inner_state=given)
+    else:
+        tx = outer_loop(ADAM, optax.sgd(0.4), 3, inner_state=given)
+    state = with_inner_state(tx, tx.init(theta), adam_state)
+    assert jax.tree.structure(state) == jax.tree.structure(tx.init(theta))
+    paper.turn_on(policy)
+    for cycle in range(3):
+        expected = paper.cycle(3, 0.4)
+        theta, state = follow(tx, theta, state, expected, 7 + 3 * cycle)
+        assert_memory(state, paper)
+    # The arrays can be donated together.
+    jax.jit(tx.update, donate_argnums=1)(
+        theta, with_inner_state(tx, tx.init(theta), state.fast_state), theta
+    )
+
+
+@pytest.mark.parametrize("new", POLICIES)
+@pytest.mark.parametrize("old", ["keep", "interpolate"])
+@pytest.mark.parametrize("done", [0, 2])
+def test_the_policy_is_switched_at_any_step_of_a_cycle(x64, old, new, done):
+    paper = Policed()
+    theta = jnp.asarray(paper.theta)
+    paper.turn_on("keep")
+    if old == "interpolate":
+        paper.at_sync = reference.interpolate()  # from zeros, as `init` has it
+    old = lookahead(ADAM, 3, 0.4, inner_state=old)
+    expected = paper.cycle(3, 0.4) + paper.start_of_a_cycle(done)
+    theta, state = follow(old, theta, old.init(theta), expected, 0)
+
+    tx = lookahead(ADAM, 3, 0.4, inner_state=POLICIES[new]()[1])
+    state = with_inner_state(tx, state, state.fast_state)
+    assert (state.steps_since_sync, state.sync_count) == (done, 1)
+    paper.turn_on(new)
+    expected = paper.rest_of_a_cycle(3 - done, 0.4)
+    theta, state = follow(tx, theta, state, expected, 3 + done)
+    assert_memory(state, paper)
+    theta, state = follow(tx, theta, state, paper.cycle(3, 0.4), 6)
+    assert_memory(state, paper)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_another_inner_optimizer_takes_over_in_mid_cycle(x64, policy):
+    paper = Policed()
+    theta = jnp.asarray(paper.theta)
+    sgd = lookahead(optax.sgd(0.1), 3, 0.4)
+    paper.inner, adam = reference.sgd(0.1), paper.inner
+    paper.turn_on("keep")
+    expected = paper.cycle(3, 0.4) + paper.start_of_a_cycle(1)
+    theta, state = follow(sgd, theta, sgd.init(theta), expected, 0)
+
+    tx = lookahead(ADAM, 3, 0.4, inner_state=POLICIES[policy]()[1])
+    state = with_inner_state(tx, state, ADAM.init(theta))
+    paper.inner, paper.memory = adam, {}
+    paper.turn_on(policy)
+    expected = paper.rest_of_a_cycle(2, 0.4) + paper.cycle(3, 0.4)
+    _, state = follow(tx, theta, state, expected, 4)
+    assert_memory(state, paper)
+
+
+def test_turned_on_with_interpolation_adam_keeps_the_size_of_its_second_moment():
+    adam = optax.adam(1e-3)
+    theta, state = jnp.zeros(50), adam.init(jnp.zeros(50))
+    noise = functools.partial(jax.random.normal, shape=(50,))
+
+    def step(tx):
+        @jax.jit
+        def scan(theta, state, keys):
+            def body(carry, key):
+                updates, state = tx.update(noise(key), carry[1], carry[0])
+                return (optax.apply_updates(carry[0], updates), state), None
+
+            return jax.lax.scan(body, (theta, state), keys)[0]
+
+        return scan
+
+    keys = jax.random.split(jax.random.key(0), 4005)
+    theta, state = step(adam)(theta, state, keys[:4000])
+    before = state[0].nu
+    tx = lookahead(adam, 5, 0.5, inner_state="interpolate")
+    on = with_inner_state(tx, tx.init(theta), state)
+    _, on = step(tx)(theta, on, keys[4000:])
+    np.testing.assert_allclose(on.fast_state[0].nu, before, rtol=0.02)
