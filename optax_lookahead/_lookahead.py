@@ -47,7 +47,9 @@ def lookahead(
         scalar array or tracer, whose value is not checked: below 1, every step syncs.
       alpha: Slow step size in [0, 1], without unit. Also a float scalar array or
         tracer, whose value is not checked, or a schedule: a function from the number
-        of completed syncs (int32 scalar) to the step size.
+        of completed syncs (int32 scalar) to the step size. Under
+        `optax.inject_hyperparams(lookahead)` it would be given the number of steps,
+        which cannot be seen here: add `static_args=("alpha",)`.
       inner_state: What a sync does to the inner optimizer's state.
 
         - `"keep"`: nothing.
@@ -75,6 +77,9 @@ def lookahead(
           last step, and of what `inner.init` gives at the new parameters. It is
           evaluated in every step, and counts at a sync.
 
+        Under `optax.inject_hyperparams(lookahead)`, which takes every function for a
+        schedule, one needs `static_args=("inner_state",)`.
+
         Whichever it is, the loss that Optax's line searches keep for the next step is
         made infinite, at which they compute it anew: it is that of other parameters.
       slow_dtype: Floating dtype of the slow weights, at least as wide as those of the
@@ -83,7 +88,9 @@ def lookahead(
         cycle starts from the slow weight unless the parameter is further from it than
         one rounding, which means that somebody changed it. The fast weights set out
         from its rounding and stay in the parameters' dtype: of updates too small for
-        that they keep the last one of a cycle.
+        that they keep the last one of a cycle. Under `optax.inject_hyperparams` write
+        the dtype's name: a type such as `jnp.float32` is taken for a schedule there,
+        and what it returns is refused here, unless it is in `static_args`.
 
     Returns:
       A `GradientTransformationExtraArgs` whose state is a `LookaheadState`. Its
