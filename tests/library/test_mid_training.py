@@ -4,6 +4,7 @@ Every step is compared with Adam and Algorithm 1 in NumPy, which change likewise
 """
 
 import functools
+import pickle
 
 import flax.serialization
 import jax
@@ -13,6 +14,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 import reference
+from pages import run_block
 
 from optax_lookahead import lookahead, outer_loop, slow_params, with_inner_state
 
@@ -140,6 +142,87 @@ def test_an_injected_k_and_alpha_come_back_from_the_checkpoint():
     saved = flax.serialization.to_bytes(old.init(params))
     state = flax.serialization.from_bytes(new.init(params), saved)
     assert state.hyperparams == {"k": 5, "alpha": 0.5}
+
+
+# A checkpoint of `optax.lookahead`.
+
+
+def three_axes(seed=0):
+    rng = np.random.default_rng(seed)
+    return {
+        "s": jnp.asarray(rng.normal()),
+        "v": jnp.asarray(rng.normal(size=3)),
+        "w": jnp.asarray(rng.normal(size=(2, 3))),
+        "conv": jnp.asarray(rng.normal(size=(2, 1, 2))),
+    }
+
+
+def tree_gradient(params, step):
+    return jax.tree.map(lambda p: 0.5 * p + 0.1 * (step % 5), params)
+
+
+MOMENTUM = optax.sgd(0.1, momentum=0.9)
+
+
+@pytest.mark.parametrize("restore", ["in hand", "pickle", "orbax"])
+@pytest.mark.parametrize(
+    ("inner", "reset"),
+    [(ADAM, False), (MOMENTUM, False), (MOMENTUM, True)],
+    ids=["adam", "momentum", "momentum, reset"],
+)
+@pytest.mark.parametrize("done", [5, 6, 8, 9])
+def test_a_checkpoint_of_optax_lookahead_goes_on_as_it_would_have(
+    inner, reset, done, restore, tmp_path, x64
+):
+    theirs = optax.lookahead(inner, 5, 0.4, reset_state=reset)
+
+    def step(params, state, i):
+        updates, state = theirs.update(tree_gradient(params.fast, i), state, params)
+        return optax.apply_updates(params, updates), state
+
+    step = jax.jit(step)
+    pair = optax.LookaheadParams.init_synced(three_axes())
+    old = theirs.init(pair)
+    for i in range(done):
+        pair, old = step(pair, old, i)
+    saved = pair, old
+    if restore == "pickle":
+        saved = pickle.loads(pickle.dumps(saved))
+    elif restore == "orbax":
+        other = optax.LookaheadParams.init_synced(three_axes(1))
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(tmp_path / "run", saved)
+        with ocp.StandardCheckpointer() as checkpointer:
+            saved = checkpointer.restore(tmp_path / "run", (other, theirs.init(other)))
+
+    # As the page has it.
+    (fast, slow), state = saved
+    tx = lookahead(inner, 5, 0.4, inner_state="reset" if reset else "keep")
+    ours = with_inner_state(tx, tx.init(slow), state.fast_state)
+    ours = ours._replace(steps_since_sync=state.steps_since_sync)
+    update = jax.jit(tx.update)
+    for i in range(done, done + 12):
+        pair, old = step(pair, old, i)
+        updates, ours = update(tree_gradient(fast, i), ours, fast)
+        fast = optax.apply_updates(fast, updates)
+        jax.tree.map(
+            lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-7, atol=1e-7),
+            (fast, slow_params(ours, fast), ours.fast_state),
+            (pair.fast, pair.slow, old.fast_state),
+        )
+
+
+def test_the_page_about_migrating_ends_where_optax_does():
+    namespace = run_block("migrate-checkpoint")
+    pair, state = namespace["old_params"], namespace["old_state"]
+    for _ in range(8):
+        updates, state = namespace["old_tx"].update(pair.fast, state, pair)
+        pair = optax.apply_updates(pair, updates)
+    for got, expected in (
+        (namespace["params"], pair.fast),
+        (namespace["slow"], pair.slow),
+    ):
+        np.testing.assert_allclose(got["w"], expected["w"], rtol=1e-6)
 
 
 # An inner state in hand, under every policy.
