@@ -86,7 +86,9 @@ def lookahead(
         parameters, which it replaces in floating leaves. With bfloat16 parameters and
         `slow_dtype="float32"` the slow weights keep the bits that small steps need: a
         cycle starts from the slow weight unless the parameter is further from it than
-        one rounding, which means that somebody changed it. The fast weights set out
+        one rounding, which means that somebody changed it, or that the update of the
+        sync was larger than the weight and its dtype no wider: float32 updates land
+        within that rounding. The fast weights set out
         from its rounding and stay in the parameters' dtype: of updates too small for
         that they keep the last one of a cycle. Under `optax.inject_hyperparams` write
         the dtype's name: a type such as `jnp.float32` is taken for a schedule there,
