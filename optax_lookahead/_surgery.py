@@ -26,10 +26,10 @@ def set_slow_params(opt_state: optax.OptState, params: optax.Params) -> Any:
     """Makes the given weights the slow weights, in mid-cycle too.
 
     For parameters that the training loop overwrites: a head that is reset, adapters
-    that are merged, the best weights reloaded. Without it the next sync takes them a
-    part of the way back, `1 - alpha` with `lookahead`, to what they were when the cycle
-    started. At the start of a cycle nothing has to be done: there the slow weights are
-    the parameters that the next update is given.
+    that are merged, the best weights reloaded. Without it the next sync partly undoes
+    that: with `lookahead` it moves them by `1 - alpha` of the difference to what they
+    were when the cycle started. At the start of a cycle nothing has to be done: there
+    the slow weights are the parameters that the next update is given.
 
     The counters stay. So other parameters go on in their cycle, the period of a
     fragment or of a replica stays in step with the others', and the next sync of the
@@ -116,8 +116,8 @@ def with_inner_state(
     """Puts a state of the inner optimizer into the state of a lookahead.
 
     It is right for every policy: under `inner_state="interpolate"` the state also
-    holds what the moments were at the last sync, which from here on are the moments in
-    hand. So in mid-training
+    holds what the moments were at the last sync, which from here on are those in
+    `inner_state`. So in mid-training
 
         state = with_inner_state(tx, tx.init(params), inner_state)     # lookahead on
         state = with_inner_state(new_tx, state, state.fast_state)      # another policy

@@ -164,7 +164,7 @@ def tree_gradient(params, step):
 MOMENTUM = optax.sgd(0.1, momentum=0.9)
 
 
-@pytest.mark.parametrize("restore", ["in hand", "pickle", "orbax"])
+@pytest.mark.parametrize("restore", ["as it is", "pickle", "orbax"])
 @pytest.mark.parametrize(
     ("inner", "reset"),
     [(ADAM, False), (MOMENTUM, False), (MOMENTUM, True)],
@@ -225,7 +225,7 @@ def test_the_page_about_migrating_ends_where_optax_does():
         np.testing.assert_allclose(got["w"], expected["w"], rtol=1e-6)
 
 
-# An inner state in hand, under every policy.
+# An existing inner state, under every policy.
 
 POLICIES = {
     "keep": lambda: (reference.keep, "keep"),
@@ -241,7 +241,7 @@ class Policed(Paper):
     def turn_on(self, policy):
         at_sync = POLICIES[policy]()[0]
         self.at_sync = at_sync() if policy == "interpolate" else at_sync
-        if policy == "interpolate":  # from the moments in hand
+        if policy == "interpolate":  # from the moments that it has
             self.at_sync(self.memory, 1.0)
 
     def rest_of_a_cycle(self, steps, alpha):
@@ -266,7 +266,9 @@ def assert_memory(state, paper):
     # An outer optimizer has no fraction to move by.
     + [(policy, "outer_loop") for policy in POLICIES if policy != "interpolate"],
 )
-def test_a_state_made_of_an_inner_state_in_hand_follows_every_policy(x64, policy, loop):
+def test_a_state_made_around_an_existing_inner_state_follows_every_policy(
+    x64, policy, loop
+):
     paper = Policed()
     theta = jnp.asarray(paper.theta)
     theta, adam_state = follow(ADAM, theta, ADAM.init(theta), paper.inner_steps(7), 0)

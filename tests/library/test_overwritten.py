@@ -54,8 +54,8 @@ def paper(at, ks=(K,), told=True):
         theta = add(theta, gradient(theta, step), -RATE)
         for level, k in enumerate(ks):
             if (step + 1) % k == 0:
-                way = add(theta, levels[level], -1.0)
-                theta = levels[level] = add(levels[level], way, ALPHA)
+                moved = add(theta, levels[level], -1.0)
+                theta = levels[level] = add(levels[level], moved, ALPHA)
                 # The levels below restart from there.
                 levels[:level] = [theta for _ in levels[:level]]
         visited.append(theta)
@@ -141,7 +141,7 @@ def test_they_do_so_from_every_step_of_a_cycle(x64, at, transform):
     assert_close(got, paper(at))
 
 
-def test_otherwise_the_next_sync_takes_them_a_part_of_the_way_back(x64):
+def test_otherwise_the_next_sync_partly_undoes_it(x64):
     got = train(quick(), 6, lambda state, params: state)
     assert_close(got, paper(6, told=False))
     ahead = add(got[7]["head"], paper(6)[7]["head"], -1.0)

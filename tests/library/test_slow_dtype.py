@@ -353,8 +353,10 @@ def test_with_updates_in_float32_small_weights_keep_all_bits(dtype):
     start, params, slow = far_ahead(dtype, "float32")
     for x, p, y in zip(*map(jax.tree.leaves, (slow, params, start)), strict=True):
         np.testing.assert_array_equal(bits(x), bits(y.astype(jnp.float32)))
-        # Of the smallest ones float32 cannot hold the whole way either.
-        np.testing.assert_allclose(np.float32(p), np.float32(y), rtol=eps(dtype))
+        # The update of the smallest ones would need more bits than float32 has.
+        np.testing.assert_allclose(
+            np.float32(p), np.float32(y), rtol=eps(dtype), atol=2.0**-23
+        )
 
 
 # What it costs.
