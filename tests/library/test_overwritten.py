@@ -385,6 +385,21 @@ def test_a_head_of_an_nnx_model_is_reset(wrap):
     np.testing.assert_array_equal(model.body.kernel[...], body)
 
 
+def test_an_nnx_optimizer_takes_the_counter_set_to_zero():
+    model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, lookahead(optax.sgd(0.0), 3), wrt=nnx.Param)
+    grads = nnx.state(model, nnx.Param)
+    for step in range(4):
+        if step == 1:
+            model.kernel[...] = jnp.zeros((3, 2))
+            zero = jnp.zeros([], jnp.int32)
+            state = optax.tree.set(optimizer.opt_state, steps_since_sync=zero)
+            nnx.update(optimizer.opt_state, nnx.state(state))
+        optimizer.update(model, grads)
+    assert not np.any(model.kernel[...])
+    assert optimizer.opt_state.sync_count[...] == 1
+
+
 def test_a_head_of_an_equinox_model_is_reset():
     model = eqx.nn.MLP(3, 1, 4, 1, key=jax.random.key(0))
     tx = lookahead(optax.sgd(0.0), 3)
