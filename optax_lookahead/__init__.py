@@ -18,5 +18,9 @@ from ._lookahead import lookahead as lookahead, outer_loop as outer_loop
 from ._query import slow_params as slow_params
 from ._replica_axes import replica_axes as replica_axes
 from ._state import InnerStep as InnerStep, LookaheadState as LookaheadState
+from ._surgery import (
+    set_slow_params as set_slow_params,
+    with_inner_state as with_inner_state,
+)
 
 __version__ = "0.2.0"

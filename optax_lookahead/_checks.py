@@ -162,6 +162,16 @@ def check_leaf(path: Any, params: dict[Any, Any], phi: Any) -> Any:
     raise _mismatch(f"{got} at {describe_path(path)}", f"shape {jnp.shape(phi)}")
 
 
+def check_known(
+    params: dict[Any, Any], with_slow_copy: set[Any], masks: list[Any]
+) -> None:
+    """Raises if there is a parameter that neither a slow copy nor a mask is for."""
+    for path, p in params.items():
+        masked = any(path[: len(mask)] == mask for mask in masks)
+        if path not in with_slow_copy and not masked:
+            raise _mismatch(f"shape {jnp.shape(p)} at {describe_path(path)}", "no leaf")
+
+
 def check_unstacked(steps_since_sync: jax.typing.ArrayLike) -> None:
     """Raises if the state is a stack of states: `where` would broadcast it wrongly."""
     shape = jnp.shape(steps_since_sync)
@@ -200,9 +210,13 @@ def check_anchor(anchor: Any, now: Any) -> None:
     got, expected = jax.tree.structure(anchor), jax.tree.structure(now)
     if got == expected:
         return
-    remedy = "Pass zeros where a gradient is None, or make the state with this `inner`."
+    here = "`with_inner_state(tx, state, state.fast_state)`"
+    remedy = (
+        "Pass zeros where a gradient is None; for a state of another `tx` write "
+        f"{here}."
+    )
     if not jax.tree.leaves(anchor):
-        remedy = "Make the state with `inner_state='interpolate'`."
+        remedy = f"For a state of another `tx` write {here}."
     elif [x.shape for x in jax.tree.leaves(anchor)] == [
         x.shape for x in jax.tree.leaves(now)
     ]:

@@ -143,11 +143,85 @@ def _reset(state: optax.OptState, fresh: optax.OptState) -> optax.OptState:
     return jax.tree.map(node, state, fresh, is_leaf=lambda x: type(x) in fields)
 
 
+# Fields like the parameters that are no moments, by the name of the state's type, since
+# not every version of Optax has or exports all of them. `"interpolate"` keeps them: a
+# mixture with what they were at the last sync is none of what they hold. What an
+# optimizer takes as its position, such as `z` of schedule-free, is not among them: it
+# moves as the weights do.
+_NOT_MOMENTS = {
+    # What waits to be applied: a mixture would apply a part of it twice.
+    "AccumulateAvgUpdatesState": ("avg_grad",),
+    "ApplyEvery": ("grad_acc",),
+    "MultiStepsState": ("acc_grads",),
+    "PerElementMeanAndSumSqDiffGradsState": ("mean_grads", "sum_sq_diff_grads"),
+    # The last step's, which the next one is compared with.
+    "ScaleByAdanState": ("g",),
+    "ScaleByOptimisticGradientState": ("previous_gradient",),
+    "ScaleByRpropState": ("prev_updates",),
+    # Pairs of differences and positions with the gradients there, and their products.
+    "ScaleByLBFGSState": (
+        "params",
+        "updates",
+        "diff_params_memory",
+        "diff_updates_memory",
+        "weights_memory",
+    ),
+    # An orthonormal basis.
+    "GaLoreState": ("projector",),
+    # Where the run began, which does not move: a mixture only rounds it.
+    "COCOBState": ("init_particles",),
+    "DoGState": ("init_params",),
+    "DoWGState": ("init_params",),
+    "MadgradState": ("x0",),
+    "MechanicState": ("x0",),
+    # Estimates of distance: largest values and sums, of which scalars, that stay, are
+    # the other part.
+    "DAdaptAdamWState": ("grad_sum",),
+    "ProdigyState": ("grad_sum", "params0"),
+    "ScaleByDistanceOverGradientsState": (
+        "max_dist",
+        "grad_sum_of_squares",
+        "init_params",
+    ),
+    # What somebody measures.
+    "MonitorState": ("measurements", "measure_states"),
+    "SnapshotState": ("measurement",),
+}
+
+
+def _fields_that_are_no_moments(node: Any) -> tuple[str, ...]:
+    if not type(node).__module__.startswith("optax."):
+        return ()
+    return _NOT_MOMENTS.get(type(node).__name__, ())
+
+
+def _without_what_is_no_moment(state: optax.OptState) -> Any:
+    """Returns the state with a 0 for each of those fields."""
+
+    def node(x: Any) -> Any:
+        hidden = _fields_that_are_no_moments(x)
+        if not hidden:
+            return x
+        return x._replace(
+            **{
+                name: 0
+                if name in hidden
+                else _without_what_is_no_moment(getattr(x, name))
+                for name in x._fields
+            }
+        )
+
+    def has_some(x: Any) -> bool:
+        return bool(_fields_that_are_no_moments(x))
+
+    return jax.tree.map(node, state, is_leaf=has_some)
+
+
 def _interpolation(inner: optax.GradientTransformationExtraArgs) -> Policy:
     """Returns the policy that moves the inner state as the slow weights move."""
 
     def init(fast_state: Any) -> Any:
-        return jax.tree.map(copy, _like_params(inner, fast_state))
+        return jax.tree.map(copy, moments(inner.init, fast_state))
 
     def at_sync(
         sync: Any, alpha: Any, fast_state: Any, anchor: Any, *_: Any
@@ -161,26 +235,23 @@ def _interpolation(inner: optax.GradientTransformationExtraArgs) -> Policy:
             # An infinite moment stays one, as under "keep".
             return jnp.where(sync & is_finite(moved), moved, now)
 
-        now = _like_params(inner, fast_state)
+        now = moments(inner.init, fast_state)
         check_anchor(anchor, now)
         new = jax.tree.map(leaf, now, anchor)
         replacements = iter(new)
-        fast_state = optax.tree.map_params(
-            inner, lambda _: next(replacements), fast_state, is_leaf=lambda _: True
-        )
+        fast_state = _map_moments(inner.init, lambda _: next(replacements), fast_state)
         return fast_state, select(sync, new, anchor)
 
     return Policy(init, at_sync)
 
 
-def _like_params(
-    inner: optax.GradientTransformationExtraArgs, fast_state: optax.OptState
+def moments(
+    init: Callable[[optax.Params], optax.OptState], fast_state: optax.OptState
 ) -> tuple[Any, ...]:
-    """Returns the trees in the state that are like the parameters, such as moments."""
+    """Returns the trees in the state that are like the parameters, and moments."""
     trees: list[Any] = []
     try:
-        # With every one of those trees as a leaf.
-        optax.tree.map_params(inner, trees.append, fast_state, is_leaf=lambda _: True)
+        _map_moments(init, trees.append, fast_state)
     except Exception as error:  # of any kind: `inner.init` is given a placeholder
         raise ValueError(
             "`inner_state='interpolate'` must be able to tell what in the state of "
@@ -189,3 +260,16 @@ def _like_params(
             "`'reset'`."
         ) from error
     return tuple(trees)
+
+
+def _map_moments(
+    init: Callable[[optax.Params], optax.OptState],
+    function: Callable[[Any], Any],
+    fast_state: optax.OptState,
+) -> Any:
+    return optax.tree.map_params(
+        lambda params: _without_what_is_no_moment(init(params)),
+        function,
+        fast_state,
+        is_leaf=lambda _: True,  # each of those trees as a leaf
+    )

@@ -46,7 +46,9 @@ def lookahead(
         scalar array or tracer, whose value is not checked: below 1, every step syncs.
       alpha: Slow step size in [0, 1], without unit. Also a float scalar array or
         tracer, whose value is not checked, or a schedule: a function from the number
-        of completed syncs (int32 scalar) to the step size.
+        of completed syncs (int32 scalar) to the step size. Under
+        `optax.inject_hyperparams(lookahead)` it would be given the number of steps,
+        which cannot be seen here: add `static_args=("alpha",)`.
       inner_state: What a sync does to the inner optimizer's state.
 
         - `"keep"`: nothing.
@@ -59,13 +61,23 @@ def lookahead(
           optimizer reads off that count (`optax.contrib.prodigy` does, as do `momo`
           and `dadapt_adamw`). So do random keys, whose noise then repeats itself, and
           cycles within `inner`, such as those of `optax.MultiSteps`.
-        - `"interpolate"`: its floating leaves that are like the parameters, such as
-          moments, move to `old + alpha * (now - old)`, with their value at the last
-          sync as `old`; the others stay. The state then holds a copy of them. A
-          moment that is NaN stays NaN, as under `"keep"`.
+        - `"interpolate"`: its moments move to `old + alpha * (now - old)`, with their
+          value at the last sync as `old`. The state then holds a copy of them. Moments
+          are all floating trees that `optax.tree.map_params` finds to be like the
+          parameters, and positions that move with the weights, such as `z` of
+          schedule-free. Left as they are: scalars and counts, and of Optax's own
+          states what is like the parameters and no moment, which a table lists:
+          gradients that are being accumulated or compared with the next one, the
+          projector of GaLore, the memory of L-BFGS, where the run began, sums that
+          belong to estimates of distance, measurements. Of other states it cannot be
+          known: every floating tree in them that is like the parameters moves. A
+          moment that is not finite stays so, as under `"keep"`.
         - A function `(state, fresh) -> state` of the inner state after the cycle's
           last step, and of what `inner.init` gives at the new parameters. It is
           evaluated in every step, and counts at a sync.
+
+        Under `optax.inject_hyperparams(lookahead)`, which takes every function for a
+        schedule, one needs `static_args=("inner_state",)`.
 
         Whichever it is, the loss that Optax's line searches keep for the next step is
         made infinite, at which they compute it anew: it is that of other parameters.
@@ -73,9 +85,13 @@ def lookahead(
         parameters, which it replaces in floating leaves. With bfloat16 parameters and
         `slow_dtype="float32"` the slow weights keep the bits that small steps need: a
         cycle starts from the slow weight unless the parameter is further from it than
-        one rounding, which means that somebody changed it. The fast weights start from
-        its rounding and stay in the parameters' dtype: of updates too small for that
-        they keep the last one of a cycle.
+        one rounding, which means that somebody changed it, or that the update of the
+        sync was larger than the weight and its dtype no wider: float32 updates land
+        within that rounding. The fast weights start from its rounding and stay in the
+        parameters' dtype: of updates too small for that they keep the last one of a
+        cycle. Under `optax.inject_hyperparams` write
+        the dtype's name: a type such as `jnp.float32` is taken for a schedule there,
+        and what it returns is refused here, unless it is in `static_args`.
 
     Returns:
       A `GradientTransformationExtraArgs` whose state is a `LookaheadState`. Its

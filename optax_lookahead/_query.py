@@ -9,7 +9,13 @@ import optax
 from jax.flatten_util import ravel_pytree
 from jax.tree_util import all_leaves
 
-from ._checks import check_leaf, check_unstacked, describe_path, describe_state
+from ._checks import (
+    check_known,
+    check_leaf,
+    check_unstacked,
+    describe_path,
+    describe_state,
+)
 from ._slow_weights import cycle_start
 from ._state import LookaheadState, copy, is_finite, is_inexact
 
@@ -44,7 +50,8 @@ def slow_params(
     Raises:
       ValueError: If `opt_state` holds no lookahead state or none with a slow copy, if
         two of them have a slow copy of the same parameter, if `params` has another
-        tree or other shapes, or if a wrapper made another tree of a part of it.
+        tree or other shapes, such as a leaf that `init` never saw, or if a wrapper
+        made another tree of a part of it.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -64,17 +71,7 @@ def slow_params(
       Zhang, Lucas, Hinton, Ba, [Lookahead Optimizer: k steps forward, 1 step
       back](https://arxiv.org/abs/1907.08610), 2019, Algorithm 1, which returns phi.
     """
-    states = [
-        node
-        for node in jax.tree.leaves(opt_state, is_leaf=_is_lookahead_state)
-        if _is_lookahead_state(node)
-    ]
-    if not states:
-        raise ValueError(
-            "`opt_state` must hold the state of a lookahead, got a "
-            f"{describe_state(opt_state)} without one. Pass the state that the "
-            "optimizer's `init` or `update` returned."
-        )
+    states = outermost_states(opt_state)
     # By path, since `optax.masked` leaves out leaves and whole branches.
     leaves, treedef = jax.tree.flatten_with_path(params)
     slow = dict(leaves)
@@ -86,7 +83,7 @@ def slow_params(
         check_unstacked(steps_since_sync)
         start = steps_since_sync == 0
         for path, phi in jax.tree.leaves_with_path(
-            _in_tree_of(params, state.slow_params)
+            in_tree_of(params, state.slow_params)
         ):
             if path in seen:
                 raise ValueError(
@@ -107,20 +104,53 @@ def slow_params(
             "`opt_state` must hold a slow copy of at least one parameter, got a "
             "lookahead state without any. Check the mask or the labels around it."
         )
+    masks = [path for state in states for path in masked_paths(state.slow_params)]
+    check_known(slow, seen, masks)
     return jax.tree.unflatten(treedef, [slow[path] for path, _ in leaves])
 
 
-def _in_tree_of(params: Any, slow: Any) -> Any:
+def is_lookahead_state(node: Any) -> bool:
+    """Returns whether a node of a tree is the state of a lookahead."""
+    return isinstance(node, LookaheadState)
+
+
+def outermost_states(opt_state: optax.OptState) -> list[LookaheadState]:
+    """Returns the lookahead states that stand in no other, and raises without one."""
+    states = [
+        node
+        for node in jax.tree.leaves(opt_state, is_leaf=is_lookahead_state)
+        if is_lookahead_state(node)
+    ]
+    if not states:
+        raise ValueError(
+            "`opt_state` must hold the state of a lookahead, got a "
+            f"{describe_state(opt_state)} without one. Pass the state that the "
+            "optimizer's `init` or `update` returned."
+        )
+    return states
+
+
+def masked_paths(slow: Any) -> list[Any]:
+    """Returns where a mask or a label left out parameters, or whole branches."""
+
+    def is_masked(node: Any) -> bool:
+        return isinstance(node, optax.MaskedNode)
+
+    nodes = jax.tree.leaves_with_path(slow, is_leaf=is_masked)
+    return [path for path, node in nodes if is_masked(node)]
+
+
+def in_tree_of(params: Any, slow: Any) -> Any:
     """Returns `slow` in the paths of `params`, of which a wrapper made another tree."""
-    slow = _merged(slow)
+    slow = merged(slow)
     if not all_leaves([slow]) or all_leaves([params]):
         return slow
     # `optax.flatten` made one vector of the parameters, or of their parts.
     wide = jax.tree.map(lambda p: copy(p, slow.real.dtype), params)
-    for whole in (wide, jax.tree.map(_split, wide)):
+    for whole in (wide, jax.tree.map(split, wide)):
         vector, unravel = ravel_pytree(whole)
         if vector.shape == slow.shape:
-            return _merged(unravel(slow.astype(vector.dtype)))
+            return merged(unravel(slow.astype(vector.dtype)))
     raise ValueError(
         "`opt_state` must hold slow weights of the tree `params`, got one vector of "
         f"shape {slow.shape}, where the leaves of `params` are {vector.size} numbers. "
@@ -139,22 +169,18 @@ def _split_complex_type() -> Any:
     return type(state.inner_state.trace)
 
 
-def _split(p: Any) -> Any:
+def split(p: Any) -> Any:
+    """Returns what `split_real_and_imaginary` makes of a parameter."""
     return _split_complex_type()(p.real, p.imag) if jnp.iscomplexobj(p) else p
 
 
-def _merged(tree: Any) -> Any:
+def is_split(node: Any) -> bool:
+    """Returns whether a node of a tree is a complex array as a pair of real ones."""
+    return isinstance(node, _split_complex_type())
+
+
+def merged(tree: Any) -> Any:
     """Returns the tree with complex arrays in place of pairs of real ones."""
-
-    def is_split_complex_type(node: Any) -> bool:
-        return isinstance(node, _split_complex_type())
-
     return jax.tree.map(
-        lambda x: jax.lax.complex(*x) if is_split_complex_type(x) else x,
-        tree,
-        is_leaf=is_split_complex_type,
+        lambda x: jax.lax.complex(*x) if is_split(x) else x, tree, is_leaf=is_split
     )
-
-
-def _is_lookahead_state(node: Any) -> bool:
-    return isinstance(node, LookaheadState)

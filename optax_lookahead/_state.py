@@ -21,8 +21,8 @@ class LookaheadState(NamedTuple):
       steps_since_sync: Inner steps taken in this cycle, in `[0, k)`.
       sync_count: Completed cycles, saturating. A schedule for alpha sees this.
       outer_state: State of the outer optimizer; empty for `lookahead`.
-      anchor: What the inner state's parameter-like trees were at the last sync, one
-        after the other, under `inner_state="interpolate"`; empty otherwise.
+      anchor: What the inner state's moments were at the last sync, one tree after the
+        other, under `inner_state="interpolate"`; empty otherwise.
     """
 
     fast_state: optax.OptState

@@ -357,6 +357,49 @@ def test_an_infinite_entry_that_is_loaded_later_is_put_into_the_slow_weights_too
         assert s.slow_params[1] == expected
 
 
+@pytest.mark.parametrize("transform", [lambda f: f, as_shipped], ids=["eager", "jit"])
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")
+@pytest.mark.parametrize("given", ["schedule", "schedule of arrays", "array"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e39])
+@pytest.mark.parametrize("slow_dtype", [None, "float32"])
+def test_a_step_size_that_is_no_number_leaves_the_slow_weights_where_they_are(
+    slow_dtype, bad, given, transform
+):
+    start = {
+        dtype: {
+            "s": jnp.asarray(1.5, dtype),
+            "v": jnp.asarray([0.0, -2.0, 0.5], dtype),
+            "w": jnp.ones((2, 1, 2), dtype),
+        }
+        for dtype in ("float32", "bfloat16", "float16")
+    }
+    as_array = jnp.float32(bad)  # 1e39 is beyond it
+
+    def steps(alpha):
+        schedules = {
+            "schedule": lambda t: bad,
+            "schedule of arrays": lambda t: jnp.where(t >= 0, alpha, 0.5),
+            "array": alpha,
+        }
+        tx = lookahead(optax.sgd(0.5), 2, schedules[given], slow_dtype=slow_dtype)
+        params, state = start, tx.init(start)
+        for _ in range(2):
+            updates, state = tx.update(
+                jax.tree.map(jnp.ones_like, params), state, params
+            )
+            params = optax.apply_updates(params, updates)
+        return state, slow_params(state, params)
+
+    state, slow = transform(steps)(as_array)
+    assert state.sync_count == 1
+    for tree in (state.slow_params, slow):
+        jax.tree.map(
+            lambda x, y: np.testing.assert_array_equal(x, y.astype(x.dtype)),
+            tree,
+            start,
+        )
+
+
 def test_moments_that_are_no_number_are_cleared_by_a_reset_or_by_a_new_state():
     tx = lookahead(optax.adam(0.1), 2, 0.5, inner_state="reset")
     params = jnp.ones(2)

@@ -16,7 +16,7 @@ from flax.training.dynamic_scale import DynamicScale
 from flax.training.train_state import TrainState
 from training import two_loops
 
-from optax_lookahead import lookahead, slow_params
+from optax_lookahead import lookahead, slow_params, with_inner_state
 
 RNG = np.random.default_rng(0)
 X = jnp.asarray(RNG.normal(size=(32, 3)), jnp.float32)
@@ -372,3 +372,41 @@ def test_model_and_optimizer_in_one_trains():
     for _ in range(6):
         both.update(nnx.grad(loss)(both.model))
     assert loss(both.model) < before
+
+
+def test_an_nnx_optimizer_that_trained_without_lookahead_goes_on_with_it():
+    x = jnp.ones((4, 2))
+
+    def step(model, optimizer):
+        grads = nnx.grad(lambda m: jnp.mean((m(x) - 0.5) ** 2))(model)
+        optimizer.update(model, grads)
+
+    model, adam = Layer(nnx.Rngs(0)), optax.adam(0.1)
+    alone = nnx.Optimizer(model, adam, wrt=nnx.Param)
+    for _ in range(3):
+        step(model, alone)
+    tx = lookahead(adam, 2, 0.5, inner_state="interpolate")
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    state = with_inner_state(tx, optimizer.opt_state, alone.opt_state)
+    assert jax.tree.structure(state) == jax.tree.structure(optimizer.opt_state)
+    nnx.update(optimizer.opt_state, nnx.state(state))
+
+    # The same without variables.
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    state = adam.init(params)
+    state = jax.tree.unflatten(
+        jax.tree.structure(state), jax.tree.leaves(alone.opt_state)
+    )
+    state = with_inner_state(tx, tx.init(params), state)
+    graph, variables = nnx.split(model)
+
+    def loss(params):
+        nnx.replace_by_pure_dict(variables, params)
+        return jnp.mean((nnx.merge(graph, variables)(x) - 0.5) ** 2)
+
+    for _ in range(4):
+        updates, state = tx.update(jax.grad(loss)(params), state, params)
+        params = optax.apply_updates(params, updates)
+        step(model, optimizer)
+    got = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    assert_close(jax.tree.leaves(got), jax.tree.leaves(params))

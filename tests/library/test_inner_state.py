@@ -17,6 +17,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from meshes import make_mesh
 from noisy_problem import START, gradient, numpy_gradient, to_tree, to_vector
 from optimizers import (
+    NAMES,
     START as WEIGHTS,
     arguments,
     every_optimizer,
@@ -480,6 +481,347 @@ def test_interpolation_moves_moments_of_any_kind_and_nothing_else():
             as_arrays(state.fast_state),
             as_arrays(jax.tree.map(expected, old, moved)),
         )
+
+
+# Every field of Optax's states that is like the parameters and floating: those that a
+# sync moves, by the name of the state's type, and those that stay.
+MOVED = {
+    "EmaState": {"ema"},
+    "FactoredState": {"v_row", "v_col", "v"},
+    "LookaheadState": {"slow_params", "anchor"},
+    "MomoAdamState": {"exp_avg", "exp_avg_sq"},
+    "MomoState": {"exp_avg"},
+    "MuonState": {"mu"},
+    "PerElementMeanAndVarianceEMAState": {"mean_grads_ema", "variance_grads_ema"},
+    "ScaleByAdaDeltaState": {"e_g", "e_x"},
+    "ScaleByAdamState": {"mu", "nu"},
+    "ScaleByAdanState": {"m", "v", "n"},
+    "ScaleByAdemamixState": {"m1", "m2", "nu"},
+    "ScaleByAmsgradState": {"mu", "nu", "nu_max"},
+    "ScaleByBeliefState": {"mu", "nu"},
+    "ScaleByLionState": {"mu"},
+    "ScaleByNovogradState": {"mu", "nu"},
+    "ScaleByRStdDevState": {"mu", "nu"},
+    "ScaleByRStdDevWithCountState": {"mu", "nu"},
+    "ScaleByRmsState": {"nu"},
+    "ScaleByRmsWithCountState": {"nu"},
+    "ScaleByRpropState": {"step_sizes"},
+    "ScaleByRssState": {"sum_of_squares"},
+    "ScaleBySM3State": {"mu", "nu"},
+    "ScaleBySimplifiedAdEMAMixState": {"m", "n"},
+    "SophiaState": {"mu", "nu"},
+    "TraceState": {"trace"},
+    "DAdaptAdamWState": {"exp_avg", "exp_avg_sq"},
+    "ProdigyState": {"exp_avg", "exp_avg_sq"},
+    # What makes up a position, which moves as the weights do.
+    "COCOBState": {"cumulative_gradients", "scale", "subgradients", "reward"},
+    "MadgradState": {"grad_sum_sq", "s"},
+    "SAMState": {"cache"},
+    "ScheduleFreeState": {"z"},
+}
+STAY = {
+    "AccumulateAvgUpdatesState": {"avg_grad"},
+    "ApplyEvery": {"grad_acc"},
+    "COCOBState": {"init_particles"},
+    "DAdaptAdamWState": {"grad_sum"},
+    "DoGState": {"init_params"},
+    "DoWGState": {"init_params"},
+    "GaLoreState": {"projector"},
+    "MadgradState": {"x0"},
+    "MechanicState": {"x0"},
+    "MultiStepsState": {"acc_grads"},
+    "PerElementMeanAndSumSqDiffGradsState": {"mean_grads", "sum_sq_diff_grads"},
+    "ProdigyState": {"grad_sum", "params0"},
+    "ScaleByAdanState": {"g"},
+    "ScaleByDistanceOverGradientsState": {
+        "max_dist",
+        "grad_sum_of_squares",
+        "init_params",
+    },
+    "ScaleByLBFGSState": {
+        "params",
+        "updates",
+        "diff_params_memory",
+        "diff_updates_memory",
+    },
+    "ScaleByOptimisticGradientState": {"previous_gradient"},
+    "ScaleByRpropState": {"prev_updates"},
+    "SnapshotState": {"measurement"},
+}
+# Not optimizers, or not with the arguments that the others have.
+FURTHER = {
+    "apply_every": lambda: optax.apply_every(3),
+    "distance_over_gradients": lambda: optax.scale_by_distance_over_gradients(),
+    "ema": lambda: optax.ema(0.9),
+    "lookahead": lambda: lookahead(SGD, 2, inner_state="interpolate"),
+    "snapshot": lambda: optax.snapshot("u", lambda u: u),
+    "stddev": lambda: optax.scale_by_stddev(bias_correction=True),
+    "rss": lambda: optax.scale_by_rss(),
+    "rms with a count": lambda: optax.scale_by_rms(bias_correction=True),
+    "stddev without a count": lambda: optax.scale_by_stddev(),
+    "rms without a count": lambda: optax.scale_by_rms(bias_correction=False),
+    "simplified ademamix": lambda: optax.contrib.simplified_ademamix(0.1),
+    "galore of matrices": lambda: optax.contrib.galore(0.1, rank=1, update_proj_gap=3),
+}
+AGGREGATING = getattr(
+    getattr(optax, "experimental", None), "aggregating", None
+)  # not in every version
+if AGGREGATING is not None:
+    FURTHER["mean of gradients"] = lambda: AGGREGATING.accumulate_avg_updates(3)
+    FURTHER["mean and squares"] = lambda: (
+        AGGREGATING.get_per_element_mean_and_sum_sq_diff_grads()
+    )
+    FURTHER["mean and variance"] = lambda: (
+        AGGREGATING.track_per_element_mean_and_variance_with_ema()
+    )
+
+
+def further(name):
+    return FURTHER[name]() if name in FURTHER else make(name)
+
+
+def fields_like_parameters(tx, params):
+    """Returns the (type, field)s of Optax's states that hold them, with their trees."""
+    state = tx.init(params)
+    marks = optax.tree.map_params(
+        tx,
+        lambda x: jnp.issubdtype(jnp.result_type(x), jnp.inexact),
+        state,
+        transform_non_params=lambda _: False,
+    )
+    found = set()
+
+    def walk(node, owner):
+        if hasattr(node, "_fields") and not isinstance(node, optax.MaskedNode):
+            for field in node._fields:
+                walk(getattr(node, field), (type(node).__name__, field))
+        elif isinstance(node, dict):
+            for child in node.values():
+                walk(child, owner)
+        elif isinstance(node, list | tuple):
+            for child in node:
+                walk(child, owner)
+        elif node is True:
+            found.add(owner)
+
+    walk(marks, None)
+    return found
+
+
+def pairs(table):
+    return {(name, field) for name, fields in table.items() for field in fields}
+
+
+@functools.cache
+def found_in_optax():
+    """Returns every such field, and names of optimizers by those that stay in them."""
+    fields, by_name = set(), {}
+    params = jax.tree.map(jnp.asarray, WEIGHTS)
+    for name in [*NAMES, *FURTHER]:
+        if name in OPAQUE:
+            continue
+        own = fields_like_parameters(further(name), params)
+        fields |= own
+        if own & pairs(STAY):
+            by_name[name] = own & pairs(STAY)
+    return fields, by_name
+
+
+def test_each_field_of_optax_that_is_like_the_parameters_is_known_to_move_or_to_stay():
+    fields, _ = found_in_optax()
+    assert not pairs(MOVED) & pairs(STAY)
+    assert not fields - pairs(MOVED) - pairs(STAY), "say in both tables what they do"
+    # Versions of Optax have not all of them.
+    assert len(pairs(STAY) - fields) <= 6
+    assert len(fields & pairs(MOVED)) > 25
+
+
+# States without a floating field that is like the parameters.
+NEITHER = {
+    "AddNoiseState",
+    "ApplyIfFiniteState",
+    "ConditionallyMaskState",
+    "ConditionallyTransformState",
+    "DifferentiallyPrivateAggregateState",
+    "EmptyState",
+    "HutchinsonState",
+    "InjectHyperparamsState",
+    "InjectStatefulHyperparamsState",
+    "MaskedState",
+    "MonitorState",  # all of it is what somebody measures
+    "NormalizeState",
+    "PartitionState",
+    "ReduceLROnPlateauState",
+    "ScaleByBacktrackingLinesearchState",
+    "ScaleByScheduleState",
+    "ScaleByZoomLinesearchState",
+    "SplitRealAndImaginaryState",
+    "WrappedScheduleState",
+    "ZeroNansState",
+}
+
+
+def test_every_type_of_state_that_optax_exports_is_known():
+    exported = {
+        value.__name__
+        for module in (optax, optax.contrib, optax.transforms, optax.schedules)
+        for name, value in vars(module).items()
+        if name.endswith("State") and hasattr(value, "_fields")
+    }
+    assert not exported - MOVED.keys() - STAY.keys() - NEITHER
+
+
+STAYING = ["adan", "apply_every", "cocob", "dadapt_adamw", "distance_over_gradients"]
+STAYING += ["dog", "dowg", "galore", "galore of matrices", "lbfgs_without_linesearch"]
+STAYING += ["madgrad", "mechanize", "multi_steps", "optimistic_adam_v2"]
+STAYING += ["optimistic_gradient_descent", "prodigy", "rprop"]
+STAYING += ["mean of gradients", "scale_by_madgrad", "scale_by_rprop", "snapshot"]
+
+
+def test_all_optimizers_with_fields_that_stay_are_tried():
+    # One takes a gradient for every example.
+    assert set(found_in_optax()[1]) - {"mean and squares"} <= set(STAYING)
+
+
+@pytest.mark.skipif(not hasattr(optax, "monitor"), reason="Optax 0.2.6 has no monitor")
+def test_what_is_monitored_is_what_was_measured():
+    monitor = optax.monitor({"mean": optax.ema(0.9)})
+    inner = optax.chain(monitor, optax.sgd(0.1, momentum=0.9))
+    tx = lookahead(inner, 2, 0.5, inner_state="interpolate")
+    params, measured = jnp.ones(2), monitor.init(jnp.ones(2))
+    state = tx.init(params)
+    for _ in range(4):
+        updates, state = tx.update(params, state, params)
+        _, measured = monitor.update(params, measured, params)
+        params = optax.apply_updates(params, updates)
+        jax.tree.map(np.testing.assert_array_equal, state.fast_state[0], measured)
+
+
+def field_trees(state, name, field):
+    """Returns the values of a field in the states of that type, in any depth."""
+
+    def is_one(node):
+        return type(node).__name__ == name
+
+    nodes = jax.tree.leaves(state, is_leaf=is_one)
+    return [getattr(node, field) for node in nodes if is_one(node)]
+
+
+@pytest.mark.parametrize("name", STAYING)
+def test_interpolation_moves_no_field_that_is_no_moment(name):
+    if name not in found_in_optax()[1]:
+        pytest.skip("this version of Optax has no such optimizer")
+    inner = optax.with_extra_args_support(further(name))
+    tx = lookahead(inner, 2, 0.25, inner_state="interpolate")
+    params = jax.tree.map(jnp.asarray, WEIGHTS)
+
+    @jax.jit
+    def step(params, state, number):
+        grads, extra = arguments(name, params, number)
+        updates, new = tx.update(grads, state, params, **extra)
+        alone = inner.update(grads, state.fast_state, params, **extra)[1]
+        return optax.apply_updates(params, updates), new, alone
+
+    state, anchor = tx.init(params), inner.init(params)
+    for number in range(4):
+        # Optax's own broadcast in `scale_by_distance_over_gradients`.
+        with jax.numpy_rank_promotion("allow"):
+            params, state, alone = step(params, state, jnp.asarray(number))
+        sync = number % 2 == 1
+        for kind, field in fields_like_parameters(inner, params):
+            stays = (kind, field) in pairs(STAY)
+            for got, now, old in zip(
+                field_trees(state.fast_state, kind, field),
+                field_trees(alone, kind, field),
+                field_trees(anchor, kind, field),
+                strict=True,
+            ):
+                if not sync or stays:
+                    expected = now
+                else:
+                    expected = jax.tree.map(lambda x, y: x + 0.25 * (y - x), old, now)
+                equal = functools.partial(
+                    np.testing.assert_allclose,
+                    rtol=0.0 if stays else 1e-4,
+                    atol=0.0 if stays else 1e-7,
+                )
+                jax.tree.map(equal, got, expected)
+        anchor = state.fast_state if sync else anchor
+
+
+def test_the_projector_of_galore_stays_orthonormal():
+    inner = optax.contrib.galore(0.1, rank=2, update_proj_gap=4)
+    tx = lookahead(inner, 3, 0.5, inner_state="interpolate")
+    params = jax.tree.map(jnp.asarray, WEIGHTS)
+    state = tx.init(params)
+
+    @jax.jit
+    def step(params, state, number):
+        grads, _ = arguments("galore", params, number)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    for number in range(9):
+        params, state = step(params, state, jnp.asarray(number))
+        (projector,) = field_trees(state, "GaLoreState", "projector")
+        product = projector["w"].T @ projector["w"]
+        np.testing.assert_allclose(product, np.eye(2), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["multi_steps", "apply_every"])
+def test_gradients_that_are_being_accumulated_are_applied_once_and_whole(name, x64):
+    # Three micro-steps in cycles of two: a sync comes in the middle of them.
+    inner = {
+        "multi_steps": optax.MultiSteps(
+            optax.sgd(0.1), 3, use_grad_mean=False, accumulator_dtype=jnp.float64
+        ).gradient_transformation(),
+        "apply_every": optax.chain(optax.apply_every(3), optax.sgd(0.1)),
+    }[name]
+    tx = lookahead(inner, 2, 0.5, inner_state="interpolate")
+    params = jnp.zeros(2)
+    state = tx.init(params)
+    theta = phi = waiting = np.zeros(2)
+    for step in range(12):
+        grads = np.asarray([1.0, -2.0]) * (step + 1)
+        waiting = waiting + grads
+        if step % 3 == 2:
+            theta, waiting = theta - 0.1 * waiting, np.zeros(2)
+        if step % 2 == 1:
+            theta = phi = phi + 0.5 * (theta - phi)
+        updates, state = tx.update(jnp.asarray(grads), state, params)
+        params = optax.apply_updates(params, updates)
+        np.testing.assert_allclose(params, theta, rtol=1e-12)
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize("alpha", [1.0, 0.5])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_an_infinite_moment_stays_infinite_and_becomes_no_nan(dtype, alpha, transform):
+    inner = optax.sgd(0.1, momentum=0.5)
+    tx = lookahead(inner, 2, alpha, inner_state="interpolate")
+    params = {"s": jnp.asarray(1.0, dtype), "w": jnp.ones((2, 1, 2), dtype)}
+    alone = params
+    # After two steps, in mid-cycle, one moment has overflowed.
+    update, update_alone = transform(tx.update), transform(inner.update)
+    state, alone_state = tx.init(params), inner.init(params)
+    for step in range(7):
+        grads = jax.tree.map(jnp.ones_like, params)
+        if step == 2:
+            grads["w"] = grads["w"].at[0].set(jnp.inf)
+        updates, state = update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        updates, alone_state = update_alone(grads, alone_state, alone)
+        alone = optax.apply_updates(alone, updates)
+        trace = state.fast_state[0].trace
+        if step >= 2:
+            assert np.all(np.isposinf(np.asarray(trace["w"][0], np.float32)))
+        assert np.all(np.isfinite(np.asarray(trace["w"][1], np.float32)))
+        if alpha == 1.0:
+            jax.tree.map(
+                np.testing.assert_array_equal,
+                (params, state.fast_state),
+                (alone, alone_state),
+            )
 
 
 @every_policy

@@ -17,6 +17,8 @@ def test_the_public_names_are_these():
         "lookahead",
         "outer_loop",
         "slow_params",
+        "set_slow_params",
+        "with_inner_state",
         "LookaheadState",
         "InnerStep",
         "average_replicas",

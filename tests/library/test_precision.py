@@ -108,12 +108,29 @@ def test_updates_come_back_in_the_dtype_of_the_inner_updates(
     )
 
 
-@pytest.mark.parametrize("name", INNERS)
+# A step size as a number, as an array, which a tracer also is, and from a schedule.
+FORMS = {
+    "python": lambda alpha: alpha,
+    "numpy": lambda alpha: np.float32(alpha),
+    "array": lambda alpha: jnp.asarray(alpha, jnp.float32),
+    "schedule": lambda alpha: lambda t: alpha,
+    "schedule of arrays": lambda alpha: lambda t: alpha + 0.0 * t,
+}
+every_form = pytest.mark.parametrize("form", FORMS)
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [(name, "python") for name in INNERS] + [("momentum", form) for form in FORMS],
+)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_alpha_one_is_the_inner_optimizer_bit_for_bit_when_eager(x64, dtype, name):
+def test_alpha_one_is_the_inner_optimizer_bit_for_bit_when_eager(
+    x64, dtype, name, form
+):
     params = initial_params(dtype)
     alone = trajectory(INNERS[name], params, gradient, 7)
-    ours = trajectory(lookahead(INNERS[name], 2, 1.0), params, gradient, 7)
+    tx = lookahead(INNERS[name], 2, FORMS[form](1.0))
+    ours = trajectory(tx, params, gradient, 7)
     for (expected, _), (got, _) in zip(alone, ours, strict=True):
         np.testing.assert_array_equal(bits(got["w"]), bits(expected["w"]))
 
@@ -125,6 +142,69 @@ def test_alpha_one_is_the_inner_optimizer_to_rounding_under_jit(x64, name):
     ours = trajectory(lookahead(INNERS[name], 5, 1.0), params, gradient, 40, as_shipped)
     np.testing.assert_allclose(
         ours[-1][0]["w"], alone[-1][0]["w"], rtol=1e-10, atol=1e-12
+    )
+
+
+def syncs_with_alpha_zero(dtype, alpha, syncs, slow_dtype=None):
+    """Returns the start, and what is left of it after syncs with steps in between."""
+    rng = np.random.default_rng(0)
+    start = {
+        "s": jnp.asarray(1.3, dtype),
+        "v": jnp.asarray(rng.uniform(1.0, 4.0, 200), dtype),
+        "w": jnp.asarray(-rng.uniform(1.0, 4.0, (2, 3, 20)), dtype),
+    }
+    tx = lookahead(optax.sgd(1.0), 2, alpha, slow_dtype=slow_dtype)
+
+    # Steps of up to a twentieth, after which p + (phi - p) is phi in every dtype.
+    def step(carry, i):
+        params, state = carry
+        grads = jax.tree.map(lambda p: p * jnp.asarray(i % 7, p.dtype) / 250, params)
+        updates, state = tx.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    carry = start, tx.init(start)
+    (params, state), _ = jax.lax.scan(step, carry, jnp.arange(2 * syncs) + 1)
+    return start, params, state
+
+
+@pytest.mark.parametrize("form", ["python", "array", "schedule"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_alpha_zero_stays_where_it_is_over_a_thousand_syncs(x64, dtype, form):
+    run = as_shipped(
+        lambda alpha: syncs_with_alpha_zero(
+            dtype, alpha if form == "array" else FORMS[form](0.0), 1000
+        )
+    )
+    start, params, state = run(jnp.asarray(0.0, jnp.float32))
+    assert state.sync_count == 1000
+    for tree in (params, state.slow_params):
+        jax.tree.map(
+            lambda x, y: np.testing.assert_array_equal(bits(x), bits(y)), tree, start
+        )
+
+
+@every_form
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_alpha_zero_stays_where_it_is_when_eager(dtype, form):
+    tx = lookahead(optax.sgd(0.05), 2, FORMS[form](0.0))
+    start = jnp.asarray(np.random.default_rng(0).uniform(1.0, 4.0, 200), dtype)
+    visited = trajectory(tx, start, lambda p, step: p / (1 + step), 10)
+    for params, state in visited[1::2]:
+        np.testing.assert_array_equal(bits(params), bits(start))
+        np.testing.assert_array_equal(bits(state.slow_params), bits(start))
+    assert not np.array_equal(visited[0][0], start)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_alpha_zero_keeps_every_bit_of_a_wide_slow_weight(dtype):
+    start, params, state = as_shipped(
+        lambda: syncs_with_alpha_zero(dtype, 0.0, 300, "float32")
+    )()
+    jax.tree.map(np.testing.assert_array_equal, params, start)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_array_equal(x, y.astype(jnp.float32)),
+        state.slow_params,
+        start,
     )
 
 

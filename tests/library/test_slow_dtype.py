@@ -317,6 +317,50 @@ def test_bits_are_dropped_seldom_and_only_below_the_rounding_of_the_last_update(
     assert np.all(off <= 0.51 * eps(BF16) * (np.abs(updates) + 2 * np.abs(phi)))
 
 
+def far_ahead(dtype, updates, syncs=40):
+    """Returns weights, and slow weights of alpha = 0 after steps beyond their size."""
+    rng = np.random.default_rng(4)
+    start = {
+        "s": jnp.asarray(0.0123, dtype),
+        "v": jnp.asarray(0.01 * rng.normal(size=100), dtype),
+        "w": jnp.asarray(0.01 * rng.normal(size=(2, 1, 50)), dtype),
+    }
+    cast = optax.stateless(lambda u, _: optax.tree.cast(u, updates))
+    inner = optax.chain(optax.sgd(1.0), cast)
+    tx = lookahead(inner, 2, 0.0, slow_dtype="float32")
+
+    def gradient(params, step):
+        return jax.tree.map(lambda p: jnp.full_like(p, -1 - 2 * (step % 2)), params)
+
+    params, state = last(tx, start, gradient, 2 * syncs)
+    return start, params, slow_params(state, params, wide=True)
+
+
+@NARROW
+def test_after_steps_beyond_their_size_narrow_updates_lose_the_bits_of_small_weights(
+    dtype,
+):
+    start, _, slow = far_ahead(dtype, dtype)
+    if dtype == BF16:
+        assert slow["s"] == 0.015625
+    for x, y in zip(jax.tree.leaves(slow), jax.tree.leaves(start), strict=True):
+        off = np.abs(np.asarray(x) - np.float32(y))
+        # By no more than the rounding of the step, which does not add up.
+        assert np.max(off) <= 3.1 * eps(dtype)
+    assert np.mean(np.asarray(slow["v"]) != np.float32(start["v"])) > 0.5
+
+
+@NARROW
+def test_with_updates_in_float32_small_weights_keep_all_bits(dtype):
+    start, params, slow = far_ahead(dtype, "float32")
+    for x, p, y in zip(*map(jax.tree.leaves, (slow, params, start)), strict=True):
+        np.testing.assert_array_equal(bits(x), bits(y.astype(jnp.float32)))
+        # The update of the smallest ones would need more bits than float32 has.
+        np.testing.assert_allclose(
+            np.float32(p), np.float32(y), rtol=eps(dtype), atol=2.0**-23
+        )
+
+
 # What it costs.
 
 

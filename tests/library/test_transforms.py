@@ -162,7 +162,10 @@ def assert_goes_on_as_before(step, first=0, last=5):
     assert_close((params, state), expected[-1])
 
 
-def test_a_step_that_was_exported_goes_on():
+@pytest.mark.parametrize("serialized", [False, True])
+def test_a_step_that_was_exported_goes_on(serialized):
+    if serialized:
+        pytest.importorskip("flatbuffers", reason="JAX serializes with it")
     arguments = PARAMS, TRIED.init(PARAMS), jnp.asarray(0)
     flat, treedef = jax.tree.flatten(arguments)
 
@@ -170,6 +173,8 @@ def test_a_step_that_was_exported_goes_on():
         return jax.tree.leaves(one_step(*treedef.unflatten(leaves)))
 
     exported = jax.export.export(jax.jit(on_leaves))(*flat)
+    if serialized:
+        exported = jax.export.deserialize(exported.serialize())
     result = jax.tree.structure(arguments[:2])
 
     def step(*arguments):

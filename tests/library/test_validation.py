@@ -8,7 +8,13 @@ import numpy as np
 import optax
 import pytest
 
-from optax_lookahead import lookahead, outer_loop, slow_params
+from optax_lookahead import (
+    lookahead,
+    outer_loop,
+    set_slow_params,
+    slow_params,
+    with_inner_state,
+)
 
 PARAMS = {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}
 TX = lookahead(optax.sgd(0.1))
@@ -444,26 +450,95 @@ INTERPOLATE = lookahead(MOMENTUM, inner_state="interpolate")
 
 
 @pytest.mark.parametrize(
-    ("updates", "state", "remedy"),
+    "state",
     [
-        (
-            PARAMS,
-            lookahead(MOMENTUM).init(PARAMS),
-            "Make the state with `inner_state='interpolate'`.",
-        ),
-        (
-            PARAMS,
-            lookahead(optax.adam(0.1), inner_state="interpolate")
-            .init(PARAMS)
-            ._replace(fast_state=MOMENTUM.init(PARAMS)),
-            "or make the state with this `inner`.",
-        ),
-        (NONE, INTERPOLATE.init(PARAMS), "Pass zeros where a gradient is None"),
+        lookahead(MOMENTUM).init(PARAMS),
+        lookahead(optax.adam(0.1), inner_state="interpolate")
+        .init(PARAMS)
+        ._replace(fast_state=MOMENTUM.init(PARAMS)),
     ],
-    ids=["another policy", "another inner", "a gradient of None"],
+    ids=["another policy", "another inner"],
 )
-def test_an_anchor_that_does_not_fit_is_refused_with_its_cause(updates, state, remedy):
+def test_a_missing_anchor_is_refused_with_a_remedy_that_works(state):
     with pytest.raises(ValueError, match="`anchor` must hold the trees") as refusal:
-        INTERPOLATE.update(updates, state, PARAMS)
-    assert remedy in str(refusal.value)
+        INTERPOLATE.update(PARAMS, state, PARAMS)
+    _, remedy = str(refusal.value).split("write `")
+    state = eval(
+        remedy.rstrip("`."),
+        {"with_inner_state": with_inner_state, "tx": INTERPOLATE, "state": state},
+    )
+    _, state = INTERPOLATE.update(PARAMS, state, PARAMS)
+    assert state.steps_since_sync == 1
+
+
+def test_a_gradient_of_none_that_leaves_no_moment_to_interpolate_is_named():
+    with pytest.raises(ValueError, match="`anchor` must hold the trees") as refusal:
+        INTERPOLATE.update(NONE, INTERPOLATE.init(PARAMS), PARAMS)
+    assert "Pass zeros where a gradient is None" in str(refusal.value)
     assert "0.1" not in str(refusal.value)
+
+
+# Slow weights and inner states that are set by hand.
+
+
+def test_a_leaf_that_init_never_saw_is_named_unless_a_mask_leaves_it_out():
+    new = PARAMS | {"lora": jnp.ones(2)}
+    message = (
+        "`params` must have the tree and the shapes that `init` saw, got shape (2,) at "
+        "['lora'], where the state has no leaf. Pass"
+    )
+    for tx in (TX, optax.masked(TX, {"w": True, "b": False})):
+        state = tx.init(PARAMS)
+        for function in (slow_params, set_slow_params):
+            with pytest.raises(ValueError, match=re.escape(message)):
+                function(state, new)
+    # What masks and labels leave out, leaf by leaf or in branches, is no mistake.
+    nested = {"body": PARAMS, "head": PARAMS}
+    for tx in (
+        optax.masked(TX, {"body": True, "head": False}),
+        optax.masked(TX, {"body": True, "head": {"w": True, "b": False}}),
+        optax.partition({"x": TX, "y": optax.sgd(0.1)}, {"body": "x", "head": "y"}),
+    ):
+        state = tx.init(nested)
+        assert slow_params(state, nested)["head"]["b"] is PARAMS["b"]
+        set_slow_params(state, nested)
+
+
+def test_slow_weights_set_in_a_state_without_a_lookahead_or_with_other_shapes():
+    with pytest.raises(ValueError, match="`opt_state` must hold the state of a look"):
+        set_slow_params(optax.adam(0.1).init(PARAMS), PARAMS)
+    with pytest.raises(ValueError, match=r"got shape \(5,\) at \['w'\], where"):
+        set_slow_params(TX.init(PARAMS), {"w": jnp.ones(5)})
+    flat = optax.flatten(TX).init(PARAMS)
+    with pytest.raises(ValueError, match="got one vector of shape"):
+        set_slow_params(flat, {"w": PARAMS["w"]})
+
+
+@pytest.mark.parametrize(
+    ("tx", "state", "inner_state", "error", "message"),
+    [
+        (0.5, TX.init(PARAMS), (), TypeError, "`tx` must be an Optax gradient"),
+        (TX, (), (), TypeError, "`state` must be a `LookaheadState`"),
+        (MOMENTUM, TX.init(PARAMS), (), TypeError, "`tx` must be what `lookahead` or"),
+        (
+            INTERPOLATE,
+            INTERPOLATE.init(PARAMS),
+            optax.adam(0.1).init(PARAMS),
+            ValueError,
+            "`inner_state` must be a state of the inner optimizer of `tx`",
+        ),
+        (
+            outer_loop(MOMENTUM, MOMENTUM, 2),
+            INTERPOLATE.init(PARAMS),
+            MOMENTUM.init(PARAMS),
+            ValueError,
+            "`state` must hold a state of the outer optimizer of `tx`",
+        ),
+    ],
+    ids=["no tx", "no state", "no lookahead", "another inner", "another outer"],
+)
+def test_an_inner_state_that_does_not_fit_is_refused(
+    tx, state, inner_state, error, message
+):
+    with pytest.raises(error, match=re.escape(message)):
+        with_inner_state(tx, state, inner_state)

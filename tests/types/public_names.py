@@ -15,7 +15,9 @@ from optax_lookahead import (
     average_replicas,
     lookahead,
     outer_loop,
+    set_slow_params,
     slow_params,
+    with_inner_state,
 )
 
 Transformation = optax.GradientTransformationExtraArgs
@@ -48,7 +50,10 @@ def mistakes(inner: optax.GradientTransformation) -> None:
 
 def state_and_query(params: optax.Params, opt_state: optax.OptState) -> None:
     assert_type(slow_params(opt_state, params), optax.Params)
+    assert_type(set_slow_params(opt_state, params), Any)
     assert isinstance(opt_state, LookaheadState)
+    tx = lookahead(optax.adam(0.1))
+    assert_type(with_inner_state(tx, opt_state, opt_state.fast_state), LookaheadState)
     assert_type(opt_state.fast_state, optax.OptState)
     assert_type(opt_state.slow_params, optax.Params)
     assert_type(opt_state.sync_count, jax.typing.ArrayLike)

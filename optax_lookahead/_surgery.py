@@ -1,0 +1,213 @@
+"""Changing a state by other means than `update`, so that it stays consistent."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.flatten_util import ravel_pytree
+
+from ._checks import check_known, check_leaf, check_transformation, describe_state
+from ._inner_state import moments
+from ._query import (
+    in_tree_of,
+    is_lookahead_state,
+    is_split,
+    masked_paths,
+    merged,
+    outermost_states,
+    split,
+)
+from ._slow_weights import cycle_start
+from ._state import LookaheadState, copy
+
+
+def set_slow_params(opt_state: optax.OptState, params: optax.Params) -> Any:
+    """Makes the given weights the slow weights, in mid-cycle too.
+
+    For parameters that the training loop overwrites: a head that is reset, adapters
+    that are merged, the best weights reloaded. Without it the next sync partly undoes
+    that: with `lookahead` it moves them by `1 - alpha` of the difference to what they
+    were when the cycle started. At the start of a cycle nothing has to be done: there
+    the slow weights are the parameters that the next update is given.
+
+    The counters stay. So other parameters go on in their cycle, the period of a
+    fragment or of a replica stays in step with the others', and the next sync of the
+    given parameters only counts the steps from here.
+
+    Args:
+      opt_state: State of the optimizer, in which lookahead states may stand at any
+        depth and in each other, as in `slow_params`; all of them are changed. Also
+        the `opt_state` of an `nnx.Optimizer`, or a stack of states with a stack of
+        parameters.
+      params: The new values, a tree of arrays of any shapes and dtypes in the places
+        that they have in the loop's parameters, where others may be left out or be
+        None. Elements that are not finite are not taken, and a slow weight of a wider
+        `slow_dtype` stays where the parameter is its rounding.
+
+    Returns:
+      The state with those slow weights, of the same tree, shapes and dtypes.
+
+    Raises:
+      ValueError: If `opt_state` holds no lookahead state, or no slow copy of one of the
+        parameters which no mask leaves out, or one of another shape; or if a part is
+        given of what `optax.flatten` makes one vector of.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax
+      >>> from optax_lookahead import lookahead, set_slow_params
+      >>> tx = lookahead(optax.sgd(0.5), k=2)
+      >>> params = {"body": jnp.array([4.0]), "head": jnp.array([4.0])}
+      >>> grads = {"body": jnp.array([1.0]), "head": jnp.array([0.0])}
+      >>> opt_state = tx.init(params)
+      >>> updates, opt_state = tx.update(grads, opt_state, params)
+      >>> params = optax.apply_updates(params, updates)
+      >>> params["head"] = jnp.array([0.0])  # in mid-cycle
+      >>> opt_state = set_slow_params(opt_state, {"head": params["head"]})
+      >>> updates, opt_state = tx.update(grads, opt_state, params)
+      >>> params = optax.apply_updates(params, updates)
+      >>> print(params["body"], params["head"])  # without it 2.0 would be in the head
+      [3.5] [0.]
+    """
+    given = dict(jax.tree.leaves_with_path(params))
+    taken: set[Any] = set()
+    masks: list[Any] = []
+
+    def with_new(slow: Any) -> Any:
+        in_place = in_tree_of(params, slow)
+        masks.extend(masked_paths(slow))
+
+        def leaf(path: Any, phi: Any) -> Any:
+            if path not in given:
+                return phi
+            taken.add(path)
+            return cycle_start(True, check_leaf(path, given, phi), phi)
+
+        new = jax.tree.map_with_path(leaf, in_place)
+        if jax.tree.structure(in_place) != jax.tree.structure(merged(slow)):
+            return _vector(new, slow)
+        return jax.tree.map(
+            lambda old, x: split(x) if is_split(old) else x, slow, new, is_leaf=is_split
+        )
+
+    def node(x: Any) -> Any:
+        if not is_lookahead_state(x):
+            return x
+        return x._replace(
+            fast_state=everywhere(x.fast_state),
+            slow_params=with_new(x.slow_params),
+            outer_state=everywhere(x.outer_state),
+        )
+
+    def everywhere(tree: Any) -> Any:
+        return jax.tree.map(node, tree, is_leaf=is_lookahead_state)
+
+    outermost_states(opt_state)  # which raises if there is none
+    opt_state = everywhere(opt_state)
+    check_known(given, taken, masks)
+    return opt_state
+
+
+def with_inner_state(
+    tx: optax.GradientTransformation,
+    state: LookaheadState,
+    inner_state: optax.OptState,
+) -> LookaheadState:
+    """Puts a state of the inner optimizer into the state of a lookahead.
+
+    It is right for every policy: under `inner_state="interpolate"` the state also
+    holds what the moments were at the last sync, which from here on are those in
+    `inner_state`. So in mid-training
+
+        state = with_inner_state(tx, tx.init(params), inner_state)     # lookahead on
+        state = with_inner_state(new_tx, state, state.fast_state)      # another policy
+        state = with_inner_state(new_tx, state, new_inner.init(params))
+
+    where the last makes the state of `new_tx` around another inner optimizer. Slow
+    weights and counters stay, so that a cycle goes on.
+
+    Args:
+      tx: What `lookahead` or `outer_loop` returned, whose state it is to be.
+      state: A state with its slow weights and its outer state: of `tx`, or of the same
+        but for `inner` and `inner_state`.
+      inner_state: State of the inner optimizer of `tx`, from its `init`, its `update`
+        or a checkpoint.
+
+    Returns:
+      The state of `tx`, which holds the arrays of `inner_state` and copies of moments.
+
+    Raises:
+      TypeError: If `tx` is no transformation, not one of these two, or `state` no
+        `LookaheadState`.
+      ValueError: If the leaves of `inner_state` or of the outer state have other shapes
+        than those of `tx`, or if the state of `inner` cannot be interpolated.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax
+      >>> from optax_lookahead import lookahead, with_inner_state
+      >>> adam, params = optax.adam(0.1), jnp.array([1.0])
+      >>> adam_state = adam.init(params)
+      >>> for _ in range(3):
+      ...     updates, adam_state = adam.update(params, adam_state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> tx = lookahead(adam, inner_state="interpolate")
+      >>> state = with_inner_state(tx, tx.init(params), adam_state)
+      >>> print(state.fast_state[0].count, state.anchor[0] == adam_state[0].mu)
+      3 [ True]
+    """
+    check_transformation("tx", tx, "lookahead(optax.adam(1e-3))")
+    if not isinstance(state, LookaheadState):
+        raise TypeError(
+            "`state` must be a `LookaheadState` of `optax_lookahead`, got a "
+            f"{describe_state(state)}. Pass the part of the optimizer's state that "
+            "belongs to the lookahead."
+        )
+    expected: Any = jax.eval_shape(tx.init, state.slow_params)
+    if not isinstance(expected, LookaheadState):
+        raise TypeError(
+            "`tx` must be what `lookahead` or `outer_loop` returned, got one whose "
+            f"state is a {describe_state(expected)}. Pass the lookahead in it, with "
+            "the part of the state that belongs to it."
+        )
+    _check_shapes(
+        "`inner_state` must be a state of the inner optimizer of `tx`",
+        inner_state,
+        expected.fast_state,
+        "Pass what `init` or `update` of that optimizer returned.",
+    )
+    _check_shapes(
+        "`state` must hold a state of the outer optimizer of `tx`",
+        state.outer_state,
+        expected.outer_state,
+        "Pass `tx.init(params)`, or that with the slow weights and the counters of "
+        "the old state.",
+    )
+    anchor = expected.anchor
+    if not isinstance(anchor, optax.EmptyState):
+
+        def init(params: optax.Params) -> optax.OptState:
+            lookahead_state: Any = tx.init(params)
+            return lookahead_state.fast_state
+
+        anchor = jax.tree.map(copy, moments(init, inner_state))
+    return state._replace(fast_state=inner_state, anchor=anchor)
+
+
+def _vector(tree: Any, slow: Any) -> Any:
+    """Returns the one vector that `optax.flatten` makes of the tree or its parts."""
+    for whole in (tree, jax.tree.map(split, tree)):
+        vector, _ = ravel_pytree(whole)
+        if vector.shape == jnp.shape(slow):
+            break
+    return vector.astype(slow.dtype)
+
+
+def _check_shapes(rule: str, given: Any, expected: Any, remedy: str) -> None:
+    # Not the trees, since `nnx.Optimizer` has its variables in them.
+    got, wanted = (
+        [jnp.shape(x) for x in jax.tree.leaves(tree)] for tree in (given, expected)
+    )
+    if got != wanted:
+        raise ValueError(
+            f"{rule}, got leaves of the shapes {got}, where its have {wanted}. {remedy}"
+        )
