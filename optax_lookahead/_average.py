@@ -1,4 +1,4 @@
-"""Many workers that talk once a cycle: the mean of where their fast weights got to."""
+"""Many workers that communicate once a cycle: the mean of their fast weights."""
 
 from typing import Any
 
@@ -16,28 +16,33 @@ def average_replicas(
 
     For `outer_loop`, at the beginning of the outer optimizer's chain. Each replica
     takes its inner steps alone; at a sync, and only then, the replicas communicate,
-    and what follows in the chain is given the way back from the mean of their fast
-    weights:
+    and what follows in the chain is given the pseudo-gradient from the mean of their
+    fast weights:
 
         pseudo_grads_r = phi_r - mean_s(theta_s)
 
-    Not the mean of the ways `phi_s - theta_s`: this form also pulls together what sets
-    the slow weights of the replicas apart, such as roundings or different starts.
+    Not the mean of `phi_s - theta_s`: this form also brings slow weights together that
+    differ between replicas, by roundings or because they started apart.
 
     With `optax.sgd(1.0)` after it this is Local SGD, with `optax.sgd(alpha)` Lookahead
     over workers, with Nesterov momentum DiLoCo, and MuLoCo with Muon as `inner`. With
     one replica it changes nothing.
 
-    An element that is not finite on a replica is left out of the mean. That replica's
-    slow weight takes the step of the others, and its parameter the inner update, until
-    the loop sets it from `slow_params`. Where no replica is finite, nothing moves.
+    A replica is broken if an element of its fast weights is not finite where its slow
+    weight is. It is left out of the mean with all its parameters, and its slow weights
+    take the step of the others; a parameter that is not finite stays so until the loop
+    sets it. Where no replica is healthy the pseudo-gradients are 0: momentum and decay
+    may still move the slow weights, which stay finite. All devices of a replica decide
+    together under `jax.vmap` with `spmd_axis_name` and where `jax.shard_map` leaves the
+    axes within a replica automatic. Where these are manual too, each device decides for
+    its shard alone.
 
     All replicas must be at the same place in their cycles: `steps_since_sync` must be
-    one number for all of them, not one for each. Under `jax.shard_map` it has the
-    specification `P()`, and with `check_vma=True` anything else is refused. Under
-    `jax.vmap` its axis must be None: a stack of counters is not noticed, and then every
-    step communicates. A wrapper that decides for each replica whether it steps, such
-    as `optax.apply_if_finite` around the loop, breaks this too.
+    one number for all of them, which `replica_axes` sees to. Under `jax.shard_map` with
+    `check_vma=True` anything else is refused. Under `jax.vmap` a stack of counters is
+    not noticed, and then every step communicates. A wrapper that decides for each
+    replica whether it steps, such as `optax.apply_if_finite` around the loop, breaks
+    this too.
 
     Args:
       axis_name: Name of the mapped axis of the replicas, or several names: of
@@ -54,13 +59,13 @@ def average_replicas(
 
     Examples:
       >>> import functools, jax, jax.numpy as jnp, optax
-      >>> from optax_lookahead import average_replicas, outer_loop
+      >>> from optax_lookahead import average_replicas, outer_loop, replica_axes
       >>> outer = optax.chain(average_replicas("replica"), optax.sgd(1.0))
       >>> tx = outer_loop(optax.sgd(0.1), outer, k=2)
       >>> targets = jnp.array([1.0, 3.0])  # each replica's own
       >>> w = jnp.zeros(2)
-      >>> state = tx.init(w)
-      >>> axes = jax.tree.map(lambda x: 0 if x.ndim else None, state)
+      >>> axes = replica_axes(jax.eval_shape(tx.init, w[0]))
+      >>> state = jax.vmap(tx.init, out_axes=axes)(w)
       >>> @functools.partial(
       ...     jax.vmap, in_axes=(0, axes, 0), out_axes=(0, axes), axis_name="replica"
       ... )
@@ -116,11 +121,12 @@ def average_replicas(
 
         thetas = jax.tree.map(jnp.subtract, params, updates)
         leaves, treedef = jax.tree.flatten(thetas)
-        averaged = treedef.unflatten(
+        averaged = (
             mean
             for bucket in _buckets(leaves)
             for mean in jax.lax.cond(sync, means, lambda *thetas: list(thetas), *bucket)
         )
+        averaged = treedef.unflatten(next(averaged) if x.size else x for x in leaves)
 
         def pseudo_grad(phi: Any, mean: Any) -> Any:
             g = phi - mean
@@ -151,6 +157,8 @@ def _health(axis_name: Any, sync: Any, finite: Any) -> tuple[Any, Any]:
         )
         for bucket in _buckets(jax.tree.leaves(finite))
     ]
+    if not flags:  # a group without parameters
+        return True, 1
     is_healthy = jnp.all(jnp.stack(flags))
     number = is_healthy.astype(jnp.int32)
     healthy = jax.lax.cond(
@@ -182,7 +190,9 @@ _BUCKETS = 16
 
 
 def _buckets(leaves: list[Any]) -> list[list[Any]]:
-    """Splits the arrays, in their order, by bytes."""
+    """Splits the arrays that have elements, in their order, by bytes."""
+    # What JAX computes of an array without any is the same on all replicas by its type.
+    leaves = [x for x in leaves if x.size]
     total = sum(x.size * x.dtype.itemsize for x in leaves)
     buckets, room = [], 0.0
     for x in leaves:

@@ -6,20 +6,30 @@ its parameters have 0, 1, 2 and 3 axes.
 
 import contextlib
 import functools
+import pickle
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 import transformer
+from flax import nnx
 from jax.sharding import AxisType, PartitionSpec as P
 from meshes import make_mesh
 from rows import dear_but
 
-from optax_lookahead import average_replicas, outer_loop, replica_axes
+from optax_lookahead import (
+    average_replicas,
+    lookahead,
+    outer_loop,
+    replica_axes,
+    slow_params,
+)
 
 R, K, STEPS = 4, 3, 7
 NAME = "replica"
@@ -102,6 +112,7 @@ ROWS = {
     "add_noise": Row(lambda r: averaged(noisy(r)), noisy, rounding="sgd"),
     "inject_hyperparams inside": around(INJECTED),
     "MultiSteps inside": around(twice(ADAMW)),
+    "lookahead in MultiSteps inside": around(twice(lookahead(ADAMW, 2))),
     "MultiSteps around": Row(
         lambda r: twice(averaged(ADAMW)),
         lambda r: twice(ADAMW),
@@ -120,8 +131,12 @@ ROWS = {
 # By hand: a list of workers, and plain Optax.
 
 
-def by_hand(row, loss_fn, start, batches):
-    """Yields the weights of every worker after every step, each as a dict of leaves."""
+def by_hand(row, loss_fn, start, batches, after=lambda step, *lists: None):
+    """Yields the weights of every worker after every step, each as a dict of leaves.
+
+    A worker that is not finite is left out of the mean. After each step `after` may
+    change the lists of the workers' weights and states; it is given the slow weights.
+    """
     inner = row.inner(0)
 
     @jax.jit
@@ -134,7 +149,7 @@ def by_hand(row, loss_fn, start, batches):
     def outer_step(thetas, slow, states):
         """Returns slow weights and states; each is a dict with what is due."""
         for name in slow:
-            mean = sum(theta[name] for theta in thetas) / R
+            mean = sum(theta[name] for theta in thetas) / len(thetas)
             updates, state = NESTEROV.update(
                 slow[name] - mean, states[name], slow[name]
             )
@@ -150,17 +165,19 @@ def by_hand(row, loss_fn, start, batches):
         for r in range(R):
             fast[r], states[r] = inner_step(fast[r], states[r], batch[r])
         due = [name for name in slow if row.is_due(name, step)]
+        healthy = [r for r in range(R) if is_finite(fast[r])]
         if due:
             new = outer_step(
-                [{name: by_name(theta)[name] for name in due} for theta in fast],
+                [{name: by_name(fast[r])[name] for name in due} for r in healthy],
                 {name: slow[name] for name in due},
                 {name: outer_states[name] for name in due},
             )
             slow, outer_states = slow | new[0], outer_states | new[1]
             restart = {name: slow[name] for name in due}
-            fast = [
-                treedef.unflatten((by_name(theta) | restart).values()) for theta in fast
-            ]
+            for r in healthy:
+                weights = by_name(fast[r]) | restart
+                fast[r] = treedef.unflatten(weights.values())
+        after(step, fast, states, treedef.unflatten(slow.values()))
         yield [
             {name: np.asarray(x) for name, x in by_name(theta).items()}
             for theta in fast
@@ -172,6 +189,10 @@ def by_name(tree):
         jax.tree_util.keystr(path, simple=True, separator="/"): x
         for path, x in jax.tree.leaves_with_path(tree)
     }
+
+
+def is_finite(tree):
+    return all(np.all(np.isfinite(x)) for x in jax.tree.leaves(tree))
 
 
 # With the package: a step of all replicas at once.
@@ -233,13 +254,13 @@ def initial_state(make_tx, start):
     return stacked(states, axes), axes
 
 
-def train(row, form, loss_fn, start, batches):
+def train(row, form, loss_fn, start, batches, after=lambda step, *carry: carry):
     """Yields the weights of every replica after every step, as `by_hand` does."""
     state, axes = initial_state(row.tx, start)
-    step = jax.jit(FORMS[form](training_step(row.tx(0), loss_fn), axes))
+    step_of_all = jax.jit(FORMS[form](training_step(row.tx(0), loss_fn), axes))
     params = jax.tree.map(lambda x: jnp.stack([x] * R), start)
-    for batch in batches:
-        params, state = step(params, state, batch)
+    for step, batch in enumerate(batches, 1):
+        params, state = after(step, *step_of_all(params, state, batch))
         weights = {name: np.asarray(x) for name, x in by_name(params).items()}
         yield [{name: x[r] for name, x in weights.items()} for r in range(R)]
 
@@ -311,3 +332,307 @@ def test_replicas_are_separate_workers_that_sync(name, form):
 def test_in_float32_they_are_to_its_rounding(name, form):
     found, bound = deviation(name, form, "float32")
     assert found <= bound
+
+
+# Parameters of Flax, and states that are saved and restored.
+
+
+def regression(batch_size=8):
+    rng = np.random.default_rng(0)
+    return jnp.asarray(rng.normal(size=(STEPS, R, batch_size, 3)))
+
+
+class NnxModel(nnx.Module):
+    def __init__(self, rngs):
+        self.linear = nnx.Linear(3, 2, rngs=rngs, param_dtype=jnp.float64)
+        self.temperature = nnx.Param(jnp.ones([], jnp.float64))
+
+    def __call__(self, x):
+        return self.linear(x) / self.temperature[...]
+
+
+class LinenModel(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        temperature = self.param("temperature", nn.initializers.ones, (), jnp.float64)
+        return nn.Dense(2, param_dtype=jnp.float64)(x) / temperature
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("library", dear_but(["nnx"], ["nnx", "linen"]))
+def test_parameters_of_flax_are_as_good_as_any(x64, library, form):
+    if library == "nnx":
+        graphdef, start = nnx.split(NnxModel(nnx.Rngs(0)))
+
+        def model(params, x):
+            return nnx.merge(graphdef, params)(x)
+    else:
+        start = LinenModel().init(jax.random.key(0), jnp.ones((1, 3)))
+        model = LinenModel().apply
+
+    def loss_fn(params, x):
+        return jnp.mean((model(params, x) - jnp.sin(x[:, :2])) ** 2)
+
+    problem = loss_fn, start, regression()
+    run, expected = (
+        train(ROWS["adamw"], form, *problem),
+        by_hand(ROWS["adamw"], *problem),
+    )
+    assert largest_difference(run, expected) <= 1e-12
+
+
+def saved_and_restored(folder, tree):
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder / "checkpoint", tree)
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(folder / "checkpoint", tree)
+
+
+def test_a_run_that_is_saved_in_mid_cycle_goes_on_as_if_it_had_not_stopped(
+    x64, tmp_path
+):
+    def after(step, params, state):
+        if step == 4:
+            return saved_and_restored(tmp_path, (params, state))
+        return params, state
+
+    run = train(ROWS["adamw"], "vmap", *problem("float64"), after)
+    assert largest_difference(run, loop("adamw", "float64")) <= 1e-12
+
+
+def with_replicas(tree, axes, alone):
+    """Returns a state with an axis of replicas wherever `axes` says 0.
+
+    What has none yet is the same for all of them. `alone` has the shapes of one.
+    """
+    return jax.tree.map(
+        lambda axis, x, one: (
+            x if axis is None else jnp.broadcast_to(x, (R, *one.shape))
+        ),
+        axes,
+        tree,
+        alone,
+        is_leaf=lambda axis: axis is None,
+    )
+
+
+def test_a_checkpoint_without_an_axis_on_the_counts_goes_on(x64, tmp_path):
+    # As older versions of the page said, an array without axes was all replicas'. So
+    # the parameters had one or more.
+    tx = averaged(ADAMW)
+    loss_of_all, start, batches = problem("float64")
+    fixed = {"temperature": start.pop("temperature")}
+
+    def loss_fn(params, batch):
+        return loss_of_all(params | fixed, batch)
+
+    step = training_step(tx, loss_fn)
+    alone = jax.eval_shape(tx.init, start)
+    old_axes = jax.tree.map(lambda x: 0 if x.ndim else None, alone)
+    params = jax.tree.map(lambda x: jnp.stack([x] * R), start)
+    state = jax.vmap(tx.init, out_axes=old_axes)(params)
+    old = jax.jit(by_vmap(step, old_axes))
+    for batch in batches[:4]:
+        params, state = old(params, state, batch)
+    params, state = saved_and_restored(tmp_path, (params, state))
+    assert state.fast_state[0].count.shape == ()
+
+    axes = replica_axes(alone)
+    state = with_replicas(state, axes, alone)
+    assert state.fast_state[0].count.shape == (R,)
+    new, run = jax.jit(by_vmap(step, axes)), []
+    for batch in batches[4:]:
+        params, state = new(params, state, batch)
+        run.append([{name: x[r] for name, x in params.items()} for r in range(R)])
+    expected = list(by_hand(ROWS["adamw"], loss_fn, start, batches))[4:]
+    assert largest_difference(run, expected) <= 1e-12
+
+
+# A replica that broke.
+
+
+def restarted(tx, params, state, broken, healthy):
+    """Starts a broken replica from a healthy one's slow weights and outer state."""
+    slow = jax.tree.map(lambda x: x[healthy], slow_params(state, params))
+    axes = replica_axes(jax.eval_shape(tx.init, slow))
+    of_healthy = jax.tree.map(
+        lambda axis, x: x if axis is None else x[healthy],
+        axes,
+        state,
+        is_leaf=lambda axis: axis is None,
+    )
+    fresh = tx.init(slow)._replace(
+        slow_params=of_healthy.slow_params, outer_state=of_healthy.outer_state
+    )
+    params = jax.tree.map(lambda x, new: x.at[broken].set(new), params, slow)
+    state = jax.tree.map(
+        lambda axis, x, new: x if axis is None else x.at[broken].set(new),
+        axes,
+        state,
+        fresh,
+        is_leaf=lambda axis: axis is None,
+    )
+    return params, state
+
+
+@pytest.mark.parametrize("restart", [5, 6, 7])
+@pytest.mark.parametrize("name", dear_but(["adamw"], ["adamw", "prodigy"]))
+def test_a_broken_replica_restarts_from_a_healthy_one(x64, name, restart):
+    row, broken, healthy = ROWS[name], 1, 3
+
+    def breaks(params):
+        return params | {"up": params["up"].at[..., 0, 0].set(jnp.nan)}
+
+    def after(step, params, state):
+        if step == 4:
+            one = jax.tree.map(lambda x: x[broken], params)
+            return jax.tree.map(
+                lambda x, new: x.at[broken].set(new), params, breaks(one)
+            ), state
+        if step == restart:
+            assert np.isnan(np.asarray(params["up"][broken])).all()
+            return restarted(row.tx(0), params, state, broken, healthy)
+        return params, state
+
+    def after_by_hand(step, fast, states, slow):
+        if step == 4:
+            fast[broken] = breaks(fast[broken])
+        if step == restart:
+            fast[broken], states[broken] = slow, row.inner(broken).init(slow)
+
+    steps = problem("float64", 2 * K + 1)
+    run = list(train(row, "vmap", *steps, after))
+    expected = list(by_hand(row, *steps, after_by_hand))
+    others = [r for r in range(R) if r != broken]
+    for step, (weights, by_loop) in enumerate(zip(run, expected, strict=True), 1):
+        compared = others if 4 <= step < restart else range(R)
+        assert (
+            largest_difference(
+                [[weights[r] for r in compared]], [[by_loop[r] for r in compared]]
+            )
+            <= 1e-12
+        )
+        assert is_finite([weights[r] for r in compared])
+
+
+def in_shards(step, axes, form):
+    """Maps a step over a mesh on which each replica has two devices."""
+    mesh = make_mesh({NAME: R, "fsdp": 2}, AxisType.Auto, jax.devices()[: 2 * R])
+    if form == "vmap":
+        mapped = jax.vmap(
+            step, (0, axes, 0), (0, axes), axis_name=NAME, spmd_axis_name=NAME
+        )
+        return mapped, mesh
+    if form == "shard_map":
+        return by_shard_map(step, axes, mesh), mesh
+    whole = P(NAME, "fsdp")
+    spec = jax.tree.map(
+        lambda axis: P() if axis is None else whole, axes, is_leaf=is_none
+    )
+    mapped = jax.shard_map(
+        jax.vmap(step, (0, axes, 0), (0, axes)),
+        mesh=mesh,
+        in_specs=(whole, spec, whole),
+        out_specs=(whole, spec),
+    )
+    return mapped, mesh
+
+
+@pytest.mark.parametrize("form", ["vmap", "shard_map", "manual"])
+def test_one_bad_shard_leaves_out_the_whole_replica_or_if_manual_the_shard(form):
+    tx = averaged(optax.sgd(1.0), k=1, outer=optax.sgd(1.0))
+    rng = np.random.default_rng(0)
+    targets = {
+        "w": rng.normal(size=(R, 4, 3)).astype(np.float32),
+        "b": rng.normal(size=(R, 2)).astype(np.float32),
+    }
+    targets["w"][1, 3, 0] = np.nan  # on the second device of the replica
+    params = jax.tree.map(lambda x: jnp.zeros(x.shape), targets)
+    axes = replica_axes(tx.init(jax.tree.map(lambda x: x[0], params)))
+
+    def step(params, state, target):
+        updates, state = tx.update(
+            jax.tree.map(jnp.subtract, params, target), state, params
+        )
+        return optax.apply_updates(params, updates), state
+
+    mapped, mesh = in_shards(step, axes, form)
+
+    def place(x):
+        return jax.device_put(x, jax.NamedSharding(mesh, P(NAME, "fsdp")))
+
+    state = jax.vmap(tx.init, out_axes=axes)(params)
+    params, targets = jax.tree.map(place, (params, targets))
+    state = jax.tree.map(
+        lambda axis, x: x if axis is None else place(x), axes, state, is_leaf=is_none
+    )
+    params, _ = jax.jit(mapped)(params, state, targets)
+    healthy = np.array([0, 2, 3])
+    for name, x in params.items():
+        got, target = np.asarray(x)[healthy], np.asarray(targets[name])
+        expected = target[healthy].mean(0)
+        if form == "manual":  # the first half of each array is a healthy device's
+            half = target.shape[1] // 2
+            expected[:half] = target[:, :half].mean(0)
+        np.testing.assert_allclose(got, np.stack([expected] * 3), rtol=1e-5, atol=1e-6)
+
+
+# Small things.
+
+
+def test_arrays_without_elements_are_parameters_too():
+    tx = averaged(optax.adam(0.1), k=1)
+    params = {"w": jnp.ones((R, 3)), "empty": jnp.ones((R, 0, 4))}
+    axes = replica_axes(tx.init(jax.tree.map(lambda x: x[0], params)))
+
+    def step(params, state, batch):
+        updates, state = tx.update(params, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = jax.vmap(tx.init, out_axes=axes)(params)
+    params, _ = jax.jit(by_shard_map(step, axes))(params, state, jnp.ones(R))
+    assert params["empty"].shape == (R, 0, 4)
+    assert is_finite(params)
+
+
+def test_a_group_may_be_without_parameters():
+    loops = {"a": averaged(SGD), "b": averaged(SGD)}
+    tx = optax.partition(loops, {"w": "a"})
+    params = {"w": jnp.ones((R, 3))}
+    axes = replica_axes(tx.init({"w": jnp.ones(3)}))
+
+    def step(params, state, batch):
+        updates, state = tx.update(params, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = jax.vmap(tx.init, out_axes=axes)(params)
+    for form in FORMS.values():
+        new, _ = jax.jit(form(step, axes))(params, state, jnp.ones(R))
+        np.testing.assert_allclose(new["w"], 0.9, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_states_can_be_pickled(name):
+    start = transformer.init_params(jax.random.key(0))
+    state, _ = initial_state(ROWS[name].tx, start)
+    copy = pickle.loads(pickle.dumps(state))
+    assert jax.tree.structure(copy) == jax.tree.structure(state)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_mean_of_float64_is_one_of_float64(x64, form):
+    tx = averaged(optax.sgd(1.0), k=1, outer=optax.sgd(1.0))
+    targets = np.random.default_rng(0).normal(size=(R, 5))
+    targets[1, 0] = np.nan  # so that it is divided by three
+    params = jnp.zeros((R, 5))
+    axes = replica_axes(tx.init(params[0]))
+
+    def step(params, state, target):
+        updates, state = tx.update(params - target, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = jax.vmap(tx.init, out_axes=axes)(params)
+    params, _ = jax.jit(FORMS[form](step, axes))(params, state, jnp.asarray(targets))
+    assert params.dtype == jnp.float64
+    mean = targets[[0, 2, 3]].mean(0)
+    np.testing.assert_allclose(params[0], mean, rtol=1e-15, atol=1e-15)
