@@ -21,6 +21,7 @@ import transformer
 from flax import nnx
 from jax.sharding import AxisType, PartitionSpec as P
 from meshes import make_mesh
+from pages import run_block
 from rows import dear_but
 
 from optax_lookahead import (
@@ -28,7 +29,6 @@ from optax_lookahead import (
     lookahead,
     outer_loop,
     replica_axes,
-    slow_params,
 )
 
 R, K, STEPS = 4, 3, 7
@@ -49,6 +49,7 @@ class Row(NamedTuple):
     is_due: Callable[[str, int], bool] = lambda name, step: step % K == 0
     steps: int = STEPS
     rounding: str = ""  # the row whose rounding bounds this one's in float32
+    outer: Any = NESTEROV
 
 
 def around(inner):
@@ -137,7 +138,8 @@ def by_hand(row, loss_fn, start, batches, after=lambda step, *lists: None):
     A worker that is not finite is left out of the mean. After each step `after` may
     change the lists of the workers' weights and states; it is given the slow weights.
     """
-    inner = row.inner(0)
+    inner, outer = row.inner(0), row.outer
+    workers = range(len(jax.tree.leaves(batches[0])[0]))
 
     @jax.jit
     def inner_step(params, state, batch):
@@ -150,22 +152,21 @@ def by_hand(row, loss_fn, start, batches, after=lambda step, *lists: None):
         """Returns slow weights and states; each is a dict with what is due."""
         for name in slow:
             mean = sum(theta[name] for theta in thetas) / len(thetas)
-            updates, state = NESTEROV.update(
-                slow[name] - mean, states[name], slow[name]
-            )
+            updates, state = outer.update(slow[name] - mean, states[name], slow[name])
             slow = slow | {name: optax.apply_updates(slow[name], updates)}
             states = states | {name: state}
         return slow, states
 
     treedef = jax.tree.structure(start)
-    fast, states = [start] * R, [row.inner(r).init(start) for r in range(R)]
+    fast, states = [start for _ in workers], [row.inner(r).init(start) for r in workers]
     slow = by_name(start)
-    outer_states = {name: NESTEROV.init(x) for name, x in slow.items()}
+    outer_states = {name: outer.init(x) for name, x in slow.items()}
     for step, batch in enumerate(batches, 1):
-        for r in range(R):
-            fast[r], states[r] = inner_step(fast[r], states[r], batch[r])
+        for r in workers:
+            own = jax.tree.map(lambda x, r=r: x[r], batch)
+            fast[r], states[r] = inner_step(fast[r], states[r], own)
         due = [name for name in slow if row.is_due(name, step)]
-        healthy = [r for r in range(R) if is_finite(fast[r])]
+        healthy = [r for r in workers if is_finite(fast[r])]
         if due:
             new = outer_step(
                 [{name: by_name(fast[r])[name] for name in due} for r in healthy],
@@ -400,22 +401,6 @@ def test_a_run_that_is_saved_in_mid_cycle_goes_on_as_if_it_had_not_stopped(
     assert largest_difference(run, loop("adamw", "float64")) <= 1e-12
 
 
-def with_replicas(tree, axes, alone):
-    """Returns a state with an axis of replicas wherever `axes` says 0.
-
-    What has none yet is the same for all of them. `alone` has the shapes of one.
-    """
-    return jax.tree.map(
-        lambda axis, x, one: (
-            x if axis is None else jnp.broadcast_to(x, (R, *one.shape))
-        ),
-        axes,
-        tree,
-        alone,
-        is_leaf=lambda axis: axis is None,
-    )
-
-
 def test_a_checkpoint_without_an_axis_on_the_counts_goes_on(x64, tmp_path):
     # As older versions of the page said, an array without axes was all replicas'. So
     # the parameters had one or more.
@@ -438,7 +423,8 @@ def test_a_checkpoint_without_an_axis_on_the_counts_goes_on(x64, tmp_path):
     assert state.fast_state[0].count.shape == ()
 
     axes = replica_axes(alone)
-    state = with_replicas(state, axes, alone)
+    with_replicas = run_block("many-workers-old-checkpoint")["with_replicas"]
+    state = with_replicas(tx, params, state)
     assert state.fast_state[0].count.shape == (R,)
     new, run = jax.jit(by_vmap(step, axes)), []
     for batch in batches[4:]:
@@ -451,34 +437,11 @@ def test_a_checkpoint_without_an_axis_on_the_counts_goes_on(x64, tmp_path):
 # A replica that broke.
 
 
-def restarted(tx, params, state, broken, healthy):
-    """Starts a broken replica from a healthy one's slow weights and outer state."""
-    slow = jax.tree.map(lambda x: x[healthy], slow_params(state, params))
-    axes = replica_axes(jax.eval_shape(tx.init, slow))
-    of_healthy = jax.tree.map(
-        lambda axis, x: x if axis is None else x[healthy],
-        axes,
-        state,
-        is_leaf=lambda axis: axis is None,
-    )
-    fresh = tx.init(slow)._replace(
-        slow_params=of_healthy.slow_params, outer_state=of_healthy.outer_state
-    )
-    params = jax.tree.map(lambda x, new: x.at[broken].set(new), params, slow)
-    state = jax.tree.map(
-        lambda axis, x, new: x if axis is None else x.at[broken].set(new),
-        axes,
-        state,
-        fresh,
-        is_leaf=lambda axis: axis is None,
-    )
-    return params, state
-
-
 @pytest.mark.parametrize("restart", [5, 6, 7])
 @pytest.mark.parametrize("name", dear_but(["adamw"], ["adamw", "prodigy"]))
 def test_a_broken_replica_restarts_from_a_healthy_one(x64, name, restart):
     row, broken, healthy = ROWS[name], 1, 3
+    restart_one = run_block("many-workers-restart")["restart"]
 
     def breaks(params):
         return params | {"up": params["up"].at[..., 0, 0].set(jnp.nan)}
@@ -491,7 +454,7 @@ def test_a_broken_replica_restarts_from_a_healthy_one(x64, name, restart):
             ), state
         if step == restart:
             assert np.isnan(np.asarray(params["up"][broken])).all()
-            return restarted(row.tx(0), params, state, broken, healthy)
+            return restart_one(broken, healthy, row.tx(0), params, state)
         return params, state
 
     def after_by_hand(step, fast, states, slow):
@@ -636,3 +599,142 @@ def test_a_mean_of_float64_is_one_of_float64(x64, form):
     assert params.dtype == jnp.float64
     mean = targets[[0, 2, 3]].mean(0)
     np.testing.assert_allclose(params[0], mean, rtol=1e-15, atol=1e-15)
+
+
+def test_the_gradient_of_a_parameter_that_replicas_share_is_a_sum_over_them():
+    def loss_fn(shared, x):
+        return jnp.sum(shared * x)
+
+    gradient = jax.shard_map(
+        lambda shared, x: jax.grad(loss_fn)(shared, x),
+        mesh=make_mesh({NAME: R}, AxisType.Auto, jax.devices()[:R]),
+        in_specs=(P(), P(NAME)),
+        out_specs=P(),
+    )
+    x = jnp.arange(4.0)
+    np.testing.assert_array_equal(gradient(jnp.ones([]), x), x.sum())
+
+
+# What the pages show.
+
+
+def final_difference(params, row, loss_fn, start, batches):
+    """Returns how far the replicas end from where the workers by hand do."""
+    weights, workers = by_name(params), len(jax.tree.leaves(params)[0])
+    run = [{name: x[r] for name, x in weights.items()} for r in range(workers)]
+    *_, expected = by_hand(row, loss_fn, start, batches)
+    return largest_difference([run], [expected])
+
+
+@pytest.mark.parametrize("label", ["many-workers-vmap", "many-workers-shard-map"])
+def test_the_programs_on_the_page_are_muloco(label):
+    page = run_block(label)
+    start = jax.tree.map(lambda x: x[0], page["init"](page["key"])[0])
+    firsts = [
+        jax.random.randint(jax.random.key(step), (R, 8, 1), 0, page["VOCABULARY"])
+        for step in range(30)
+    ]
+    batches = [
+        (first + 3 * jnp.arange(9)[None, None]) % page["VOCABULARY"] for first in firsts
+    ]
+    row = Row(
+        lambda r: page["tx"],
+        lambda r: optax.contrib.muon(0.02),
+        lambda name, step: step % 5 == 0,
+    )
+    problem = page["loss_fn"], start, batches
+    assert final_difference(page["params"], row, *problem) < 1e-4
+    assert page["losses"][-1] < page["losses"][0] / 1.5
+    split = page["params"]["hidden"].sharding.shard_shape((R, 16, 16))
+    assert split == (1, 8, 16), "a replica stays sharded"
+
+
+def test_an_outer_step_of_its_own_does_the_same():
+    page = run_block("many-workers-own-outer-step")
+    w, v = jax.random.normal(jax.random.key(0), (2, 3, 8)) / 2
+    start = {"w": w, "v": v.T[:, :1], "scale": jnp.ones([])}
+    batches = [page["batch"](step) for step in range(1, 151)]
+    row = Row(None, lambda r: page["inner"], lambda name, step: step % page["K"] == 0)
+    assert all(np.ptp(x, axis=0).max() == 0 for x in jax.tree.leaves(page["params"]))
+    problem = page["loss_fn"], start, batches
+    assert final_difference(page["params"], row, *problem) < 1e-4
+
+
+def test_fragments_sync_at_different_steps():
+    page = run_block("many-workers-streaming")
+    start = jax.tree.map(lambda x: x[0], page["init"](page["key"])[0])
+    offsets = {"w": 0, "v": page["K"] // 2, "scale": page["K"] // 2}
+    row = Row(
+        lambda r: page["tx"],
+        lambda r: optax.adam(0.01),
+        lambda name, step: (step + offsets[name]) % page["K"] == 0,
+        outer=optax.sgd(1.0),
+    )
+    batches = [page["batch"](step) for step in range(1, 11)]
+    problem = page["loss_fn"], start, batches
+    assert final_difference(page["params"], row, *problem) < 1e-5
+
+
+def test_another_number_of_replicas_goes_on_from_one():
+    for_replicas = run_block("many-workers-another-number")["for_replicas"]
+    outer = optax.sgd(0.7, momentum=0.9)
+    tx = averaged(optax.sgd(0.1, momentum=0.5), 2, outer)
+
+    def step(params, state, target):
+        updates, state = tx.update(params - target, state, params)
+        return optax.apply_updates(params, updates), state
+
+    axes = replica_axes(tx.init(jnp.zeros(3)))
+    train_step = jax.jit(by_vmap(step, axes))
+    params = jnp.zeros((4, 3))
+    state = jax.vmap(tx.init, out_axes=axes)(params)
+    targets = jnp.asarray(np.random.default_rng(0).normal(size=(8, 3)), jnp.float32)
+    slow, trace = np.zeros(3), np.zeros(3)
+    for cycle, replicas in enumerate((4, 2, 8), 1):
+        params, state = for_replicas(replicas, tx, params, state)
+        momenta, fast = np.zeros((replicas, 3)), np.tile(slow, (replicas, 1))
+        for _ in range(2):
+            params, state = train_step(params, state, targets[:replicas])
+            momenta = (fast - np.asarray(targets[:replicas])) + 0.5 * momenta
+            fast = fast - 0.1 * momenta
+        trace = (slow - fast.mean(0)) + 0.9 * trace
+        slow = slow - 0.7 * trace
+        np.testing.assert_allclose(params, np.tile(slow, (replicas, 1)), rtol=1e-4)
+        assert state.sync_count == cycle
+
+
+def outer_state_after(outer, steps):
+    """Returns what the outer optimizer holds, in a loop of gradient descent."""
+    tx = outer_loop(optax.sgd(0.1), outer, k=1)
+    params = jnp.zeros(2)
+    state = tx.init(params)
+    for _ in range(steps):
+        updates, state = tx.update(params - TARGET, state, params)
+        params = optax.apply_updates(params, updates)
+    return state.outer_state
+
+
+TARGET = np.array([1.0, -2.0])
+
+
+def test_gpa_is_its_recurrence(x64):
+    x, z = np.zeros(2), np.zeros(2)
+    for _ in range(20):
+        y = 0.7 * x + 0.3 * z
+        z = z - 0.1 * (y - TARGET)
+        x = 0.9 * x + 0.1 * z
+    gpa = run_block("many-workers-gpa")["gpa"]
+    evaluate_at, _ = outer_state_after(gpa(0.9, 0.7), 20)
+    np.testing.assert_allclose(evaluate_at, x, rtol=1e-12)
+
+
+def test_ema_nesterov_is_its_recurrence(x64):
+    theta, m = np.zeros(2), np.zeros(2)
+    for _ in range(20):
+        ahead = theta + 0.5 * m
+        new = ahead - 0.1 * (ahead - TARGET)
+        m = 0.9 * m + 0.1 * (new - theta)
+        theta = new
+    ema_nesterov = run_block("many-workers-ema-nesterov")["ema_nesterov"]
+    evaluate_at, _ = outer_state_after(ema_nesterov(0.5, 0.9), 20)
+    np.testing.assert_allclose(evaluate_at, theta, rtol=1e-12)
