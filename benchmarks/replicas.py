@@ -9,9 +9,9 @@ and the bytes read and written in HBM by a step that syncs and by one that does 
 in units of N, the bytes of the parameters on a chip; and the collectives in a program.
 
 Then two slices of eight chips, a replica on each, with a slow network between them: the
-whole training step of that decoder with 4 layers, mapped by `vmap` and by `shard_map`. What goes over
-the network the compiler writes as sends and receives to the host. They are counted by
-whether they stand in a branch, and so are temporaries.
+whole training step of such a decoder with 4 layers, mapped by `vmap` and by
+`shard_map`. What crosses the network the compiler writes as sends and receives; they
+are counted by whether they stand in a branch. Beside them stand the temporaries.
 
 Last, on the CPU of this machine and for four replicas on it, temporaries and time.
 
