@@ -9,7 +9,7 @@ and the bytes read and written in HBM by a step that syncs and by one that does 
 in units of N, the bytes of the parameters on a chip; and the collectives in a program.
 
 Then two slices of eight chips, a replica on each, with a slow network between them: the
-whole training step of such a decoder with 4 layers, mapped by `vmap` and by
+whole training step of a smaller decoder, 4 layers of 1,024, mapped by `vmap` and by
 `shard_map`. What crosses the network the compiler writes as sends and receives; they
 are counted by whether they stand in a branch. Beside them stand the temporaries.
 
@@ -329,7 +329,7 @@ def main() -> None:
     parser.add_json()
     args = parser.parse_args()
     tpu_aot.load_libtpu()
-    slices, replicas, layers, of_two_slices = SLICES, REPLICAS, 8, (4,)
+    slices, replicas, layers, of_two_slices = SLICES, REPLICAS, 8, (4, 1024, 8192)
     if args.quick:
         slices, replicas, layers, of_two_slices = ["4x4"], (4,), 2, (1, 512, 4096)
     counts = {

@@ -121,12 +121,12 @@ def average_replicas(
 
         thetas = jax.tree.map(jnp.subtract, params, updates)
         leaves, treedef = jax.tree.flatten(thetas)
-        averaged = (
+        synced = (
             mean
             for bucket in _buckets(leaves)
             for mean in jax.lax.cond(sync, means, lambda *thetas: list(thetas), *bucket)
         )
-        averaged = treedef.unflatten(next(averaged) if x.size else x for x in leaves)
+        averaged = treedef.unflatten(next(synced) if x.size else x for x in leaves)
 
         def pseudo_grad(phi: Any, mean: Any) -> Any:
             g = phi - mean

@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 import pytest
 import transformer
 from flax import nnx
-from jax.sharding import AxisType, PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from meshes import make_mesh
 from pages import run_block
 from rows import dear_but
@@ -522,7 +522,7 @@ def test_one_bad_shard_leaves_out_the_whole_replica_or_if_manual_the_shard(form)
     mapped, mesh = in_shards(step, axes, form)
 
     def place(x):
-        return jax.device_put(x, jax.NamedSharding(mesh, P(NAME, "fsdp")))
+        return jax.device_put(x, NamedSharding(mesh, P(NAME, "fsdp")))
 
     state = jax.vmap(tx.init, out_axes=axes)(params)
     params, targets = jax.tree.map(place, (params, targets))
