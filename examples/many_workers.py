@@ -1,14 +1,14 @@
-"""Train a language model on four replicas that talk in every k-th update only.
+"""Train a language model on four replicas that communicate in every k-th update only.
 
 The model and the text are those of `nnx_language_model.py`, which must stand beside
 this file. There are eight virtual CPU devices, four replicas of two; the two devices of
-a replica share its batch and talk in every update. What is compared is when replicas
-talk to each other:
+a replica share its batch and communicate in every update. What is compared is when
+replicas communicate with each other:
 
     data-parallel  AdamW, with the gradients averaged over the replicas in every update
     averaging      every k updates of AdamW the mean of the weights: Local SGD
     Nesterov       every k updates a step of `optax.sgd(0.7, momentum=0.9,
-                   nesterov=True)` along the mean of the ways: DiLoCo
+                   nesterov=True)` with the mean pseudo-gradient: DiLoCo
 
 Each sees the same tokens, and has the same learning rates and seeds; a seed has the
 same first weights and batches in all of them. AdamW's rate is warmed up and then decays
@@ -46,7 +46,7 @@ from nnx_language_model import (
 )
 from tqdm import tqdm
 
-from optax_lookahead import average_replicas, outer_loop, slow_params
+from optax_lookahead import average_replicas, outer_loop, replica_axes, slow_params
 
 REPLICAS, DEVICES = 4, 2  # and devices of each
 EVERY = 40  # updates, between evaluations
@@ -99,9 +99,9 @@ def make_train_step(method: Method, tx: Any, graphdef: nnx.GraphDef, weights: An
         updates, state = tx.update(grads, state, weights)
         return optax.apply_updates(weights, updates), state
 
-    # The counters are one for all replicas, the rest is each replica's own.
     state = jax.eval_shape(tx.init, weights)
-    axes = jax.tree.map(lambda x: 0 if x.ndim else None, state)
+    # Without a lookahead all of it is each replica's own.
+    axes = replica_axes(state) if method.k else jax.tree.map(lambda _: 0, state)
     in_axes, out_axes = (0, axes, 0), (0, axes)
     names = {"axis_name": "replica", "spmd_axis_name": "replica"}
     return jax.vmap(train_step, in_axes, out_axes, **names), axes
@@ -117,31 +117,33 @@ def make_run(method: Method, graphdef: nnx.GraphDef, mesh, args: argparse.Namesp
         tx = method.make(inner, k)
         train_step, axes = make_train_step(method, tx, graphdef, weights)
 
-        def for_all(x, axis):
+        def for_all(x, axis=0):
             return x if axis is None else jnp.broadcast_to(x, (REPLICAS, *x.shape))
 
+        def place(x, axis=0):
+            return on_mesh(x, P() if axis is None else P("replica"))
+
+        def spread(weights, state):
+            return jax.tree.map(place, weights), jax.tree.map(place, state, axes)
+
         state = jax.tree.map(for_all, tx.init(weights), axes)
-        weights = jax.tree.map(lambda x: for_all(x, 0), weights)
-        return train_step, weights, state
+        carry = spread(jax.tree.map(for_all, weights), state)
+        return lambda *args: spread(*train_step(*args)), carry
 
     def on_mesh(x, spec):
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
-    def spread(tree):
-        return jax.tree.map(lambda x: on_mesh(x, P(*["replica"][: x.ndim])), tree)
-
     def update(weights, tokens, k, rate):
-        train_step, weights, state = start(weights, k, rate)
-        tokens = on_mesh(tokens, P("replica", "device"))
-        return train_step(spread(weights), spread(state), tokens)
+        train_step, carry = start(weights, k, rate)
+        return train_step(*carry, on_mesh(tokens, P("replica", "device")))
 
     def run(weights, batches, held_out, k, rate):
-        train_step, weights, state = start(weights, k, rate)
+        train_step, carry = start(weights, k, rate)
         held_out = on_mesh(held_out, P(("replica", "device")))
 
         def body(carry, tokens):
             tokens = on_mesh(tokens, P("replica", "device"))
-            return spread(train_step(*carry, tokens)), None
+            return train_step(*carry, tokens), None
 
         def train_and_evaluate(carry, batches):
             weights, state = carry = jax.lax.scan(body, carry, batches)[0]
@@ -150,7 +152,6 @@ def make_run(method: Method, graphdef: nnx.GraphDef, mesh, args: argparse.Namesp
             one = jax.tree.map(lambda x: x[0], weights)
             return carry, loss_fn(nnx.merge(graphdef, one), held_out)
 
-        carry = spread((weights, state))
         return jax.lax.scan(train_and_evaluate, carry, batches)[1]
 
     return jax.jit(run), jax.jit(update)

@@ -9,8 +9,8 @@ same training on one device, without the checkpoint, and the weights are compare
 It is float64, in which the two agree to rounding; in float32 training amplifies that.
 
 With `--replicas` each process trains a replica of its own, sharded over its devices,
-and they talk at syncs only: `outer_loop` with `average_replicas` and a Nesterov step.
-A run that was killed goes on from its checkpoint with `--resume`.
+and they communicate at syncs only: `outer_loop` with `average_replicas` and a Nesterov
+step. A run that was killed goes on from its checkpoint with `--resume`.
 
     python examples/multiprocess.py
     python examples/multiprocess.py --processes 4 --steps 403 --folder run
@@ -48,7 +48,13 @@ from digits import CNN, accuracy, load_data, loss_fn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from optax_lookahead import average_replicas, lookahead, outer_loop, slow_params
+from optax_lookahead import (
+    average_replicas,
+    lookahead,
+    outer_loop,
+    replica_axes,
+    slow_params,
+)
 
 DEVICES = 4  # of a process
 IMAGES = 4  # of a batch on each device
@@ -84,15 +90,12 @@ def train(args: argparse.Namespace, checkpoint: pathlib.Path | None, progress):
         params = optax.apply_updates(state["params"], updates)
         return {"params": params, "opt_state": opt_state}, loss
 
-    init = tx.init
+    init, axes = tx.init, replica_axes(jax.eval_shape(tx.init, params))
     if args.replicas:
-        # A first axis of replicas for all but the counters, which are one for all.
-        one = jax.eval_shape(tx.init, jax.tree.map(lambda x: x[0], params))
-        axes = jax.tree.map(lambda x: 0 if x.ndim else None, one)
         init = jax.vmap(tx.init, out_axes=axes)
-        axes = {"params": 0, "opt_state": axes}
+        in_axes = {"params": 0, "opt_state": axes}
         names = {"axis_name": "replica", "spmd_axis_name": "replica"}
-        step_fn = jax.vmap(step_fn, (axes, 0, 0), (axes, 0), **names)
+        step_fn = jax.vmap(step_fn, (in_axes, 0, 0), (in_axes, 0), **names)
 
     def read(state):
         slow = slow_params(state["opt_state"], state["params"])
@@ -104,7 +107,7 @@ def train(args: argparse.Namespace, checkpoint: pathlib.Path | None, progress):
         return jax.make_array_from_process_local_data(by_row, mine)
 
     shapes = jax.eval_shape(init, params)
-    shardings = jax.tree.map(lambda x: shard(x, mesh, args), shapes)
+    shardings = jax.tree.map(lambda x, axis: shard(x, mesh, args, axis), shapes, axes)
     opt_state = jax.jit(init, out_shardings=shardings)(params)
     state = {"params": params, "opt_state": opt_state}
     shardings = jax.tree.map(lambda x: x.sharding, state)
@@ -164,12 +167,15 @@ def evaluate(params) -> dict[str, float]:
     }
 
 
-def shard(x: Any, mesh: Mesh, args: argparse.Namespace) -> NamedSharding:
+def shard(
+    x: Any, mesh: Mesh, args: argparse.Namespace, axis: int | None = 0
+) -> NamedSharding:
     """Splits the first dimension that divides; without one, replicates.
 
-    Over all devices or, with replicas on a first axis, over those of a replica.
+    Over all devices or, with replicas on a first axis, over those of a replica. `axis`
+    is None for what all replicas share.
     """
-    first = int(args.replicas and x.ndim > 0)
+    first = int(args.replicas and axis is not None)
     spec: list[Any] = ["replica"][:first]
     names, parts = ("replica", "device"), mesh.size
     if args.replicas:
@@ -409,7 +415,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--steps", type=int, default=203, help="updates")
     parser.add_argument(
-        "--replicas", action="store_true", help="one in each process; talk at syncs"
+        "--replicas",
+        action="store_true",
+        help="one in each process; they communicate at syncs",
     )
     parser.add_argument(
         "--folder", type=pathlib.Path, help="keeps weights and checkpoint; must be new"

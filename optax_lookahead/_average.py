@@ -16,32 +16,34 @@ def average_replicas(
 
     For `outer_loop`, at the beginning of the outer optimizer's chain. Each replica
     takes its inner steps alone; at a sync, and only then, the replicas communicate,
-    and what follows in the chain is given the pseudo-gradient of the mean of their fast
-    weights:
+    and what follows in the chain is given the pseudo-gradient from the mean of their
+    fast weights:
 
         pseudo_grads_r = phi_r - mean_s(theta_s)
 
-    Not the mean of the pseudo-gradients `phi_s - theta_s`: this form also takes back
-    differences between the replicas' slow weights, from roundings or different starts.
+    Not the mean of `phi_s - theta_s`: this form also brings slow weights together that
+    differ between replicas, by roundings or because they started apart.
 
     With `optax.sgd(1.0)` after it this is Local SGD, with `optax.sgd(alpha)` Lookahead
     over workers, with Nesterov momentum DiLoCo, and MuLoCo with Muon as `inner`. With
     one replica it changes nothing.
 
-    A replica that broke is left out of the mean whole: one with an element of its fast
-    weights that is not finite, though its slow weight is. What follows in the chain is
-    given the mean of the healthy replicas there too, so that its state stays that of
-    the others; of its slow weights only the broken elements stay behind. With no
-    healthy replica the pseudo-gradients are 0, and momentum or weight decay may still
-    move the slow weights. On automatic axes of a mesh the devices of a replica agree
-    about that; on manual ones each device decides for its own part of the parameters.
+    A replica is broken if an element of its fast weights is not finite where its slow
+    weight is. It is left out of the mean with all its parameters. What follows in the
+    chain is given the healthy replicas' pseudo-gradient there too, so that its state
+    and slow weights stay those of the others, except the broken elements, which stay
+    where they are. Where no replica is healthy the pseudo-gradients are 0: momentum and
+    decay may still move the slow weights, which stay finite. All devices of a replica
+    decide together under `jax.vmap` with `spmd_axis_name` and where `jax.shard_map`
+    leaves the axes within a replica automatic. Where these are manual too, each device
+    decides for its shard alone.
 
     All replicas must be at the same place in their cycles: `steps_since_sync` must be
-    one number for all of them, not one for each. Under `jax.shard_map` it has the
-    specification `P()`, and with `check_vma=True` anything else is refused. Under
-    `jax.vmap` its axis must be None: a stack of counters is not noticed, and then every
-    step communicates. A wrapper that decides for each replica whether it steps, such
-    as `optax.apply_if_finite` around the loop, breaks this too.
+    one number for all of them, which `replica_axes` sees to. Under `jax.shard_map` with
+    `check_vma=True` anything else is refused. Under `jax.vmap` a stack of counters is
+    not noticed, and then every step communicates. A wrapper that decides for each
+    replica whether it steps, such as `optax.apply_if_finite` around the loop, breaks
+    this too.
 
     Args:
       axis_name: Name of the mapped axis of the replicas, or several names: of
@@ -58,13 +60,13 @@ def average_replicas(
 
     Examples:
       >>> import functools, jax, jax.numpy as jnp, optax
-      >>> from optax_lookahead import average_replicas, outer_loop
+      >>> from optax_lookahead import average_replicas, outer_loop, replica_axes
       >>> outer = optax.chain(average_replicas("replica"), optax.sgd(1.0))
       >>> tx = outer_loop(optax.sgd(0.1), outer, k=2)
       >>> targets = jnp.array([1.0, 3.0])  # each replica's own
       >>> w = jnp.zeros(2)
-      >>> state = tx.init(w)
-      >>> axes = jax.tree.map(lambda x: 0 if x.ndim else None, state)
+      >>> axes = replica_axes(jax.eval_shape(tx.init, w[0]))
+      >>> state = jax.vmap(tx.init, out_axes=axes)(w)
       >>> @functools.partial(
       ...     jax.vmap, in_axes=(0, axes, 0), out_axes=(0, axes), axis_name="replica"
       ... )
@@ -120,11 +122,12 @@ def average_replicas(
 
         thetas = jax.tree.map(jnp.subtract, params, updates)
         leaves, treedef = jax.tree.flatten(thetas)
-        averaged = treedef.unflatten(
+        synced = (
             mean
             for bucket in _buckets(leaves)
             for mean in jax.lax.cond(sync, means, lambda *thetas: list(thetas), *bucket)
         )
+        averaged = treedef.unflatten(next(synced) if x.size else x for x in leaves)
 
         def pseudo_grad(phi: Any, mean: Any) -> Any:
             g = phi - mean
@@ -155,6 +158,8 @@ def _health(axis_name: Any, sync: Any, finite: Any) -> tuple[Any, Any]:
         )
         for bucket in _buckets(jax.tree.leaves(finite))
     ]
+    if not flags:  # a group without parameters
+        return True, 1
     is_healthy = jnp.all(jnp.stack(flags))
     number = is_healthy.astype(jnp.int32)
     healthy = jax.lax.cond(
@@ -186,7 +191,9 @@ _BUCKETS = 16
 
 
 def _buckets(leaves: list[Any]) -> list[list[Any]]:
-    """Splits the arrays, in their order, by bytes."""
+    """Splits the arrays that have elements, in their order, by bytes."""
+    # What JAX computes of an array without any is the same on all replicas by its type.
+    leaves = [x for x in leaves if x.size]
     total = sum(x.size * x.dtype.itemsize for x in leaves)
     buckets, room = [], 0.0
     for x in leaves:

@@ -7,9 +7,10 @@ import optax
 
 from ._state import LookaheadState
 
-# What wrappers around the loop decide by whether or when to step, which all replicas
-# must do together.
+# When a lookahead syncs, and what wrappers around it decide by whether or when it
+# steps, which all replicas must do together.
 _SHARED_FIELDS = {
+    LookaheadState: ("steps_since_sync", "sync_count"),
     optax.ConditionallyMaskState: ("step",),
     optax.ConditionallyTransformState: ("step",),
     optax.InjectStatefulHyperparamsState: (
@@ -28,8 +29,8 @@ def replica_axes(opt_state: optax.OptState) -> Any:
     for what says when to sync, of which there is one for all of them and the axis is
     None: `steps_since_sync` and `sync_count` of every lookahead state, and what
     wrappers around it decide by, such as the counters of `optax.MultiSteps` and the
-    hyperparameters of `optax.inject_hyperparams`. Inside of the inner or the outer
-    optimizer such wrappers are each replica's own.
+    hyperparameters of `optax.inject_hyperparams`. A wrapper inside of the inner or the
+    outer optimizer is each replica's own, unless there is a lookahead in it too.
 
     Args:
       opt_state: State of the optimizer of one replica, from its `init`, or its shapes,
@@ -77,28 +78,15 @@ def replica_axes(opt_state: optax.OptState) -> Any:
             "optimizer returned."
         )
 
-    def own(tree: Any) -> Any:
-        """Returns the axes of what stands inside of a lookahead state, or beside it."""
-
-        def node(x: Any) -> Any:
-            return around(x) if is_lookahead(x) else 0
-
-        return jax.tree.map(node, tree, is_leaf=is_lookahead)
-
-    def around(node: Any) -> Any:
-        if is_lookahead(node):
-            fields = {name: own(getattr(node, name)) for name in node._fields}
-            return LookaheadState(
-                **fields | {"steps_since_sync": None, "sync_count": None}
-            )
+    def axes(node: Any) -> Any:
         if not holds_lookahead(node):
-            return own(node)
+            return jax.tree.map(lambda _: 0, node)
         # One level down: its children, whatever container it is.
         children, treedef = jax.tree.flatten(node, is_leaf=lambda x: x is not node)
-        axes = treedef.unflatten(map(around, children))
+        result = treedef.unflatten(map(axes, children))
         for name in _SHARED_FIELDS.get(type(node), ()):
             shared = jax.tree.map(lambda _: None, getattr(node, name))
-            axes = axes._replace(**{name: shared})
-        return axes
+            result = result._replace(**{name: shared})
+        return result
 
-    return around(opt_state)
+    return axes(opt_state)

@@ -1,4 +1,4 @@
-"""Do many workers that talk once a cycle do what a loop over workers does?"""
+"""Do many workers that communicate once a cycle do what a loop over workers does?"""
 
 import functools
 import re
