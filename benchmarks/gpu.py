@@ -84,7 +84,7 @@ class Case(NamedTuple):
 
 
 def cases() -> list[Case]:
-    """Returns all of them, the dearest last."""
+    """Returns all of them, the slowest last."""
     layers = {"leaves": 12, "size": 4096, "batch": 2048}
     alone = [("adam", SEVEN), ("sgd", SEVEN), ("adamw", SIX), ("momentum", FIVE[:3])]
     return [

@@ -6,8 +6,8 @@ the inner optimizer of its own framework: the same arrays and gradients, k = 5,
 alpha = 0.5, the optimizer step alone. A peer that is not installed is a line in the
 table.
 
-Where the slow weights are touched only at a sync, four steps are cheap and the fifth is
-dear, so the unit is a whole cycle; the slowest step of a cycle stands beside it, as
+Where the slow weights are touched only at a sync, four steps are cheap and the fifth
+is slow, so the unit is a whole cycle; the slowest step of a cycle stands beside it, as
 that is what latency sees. Every step is waited for. Each framework is a process
 of its own, since their thread pools share the cores otherwise (and TensorFlow Addons
 needs another NumPy); they take turns, a cycle of each form in each round, and the
@@ -107,7 +107,7 @@ class Row(NamedTuple):
     low: float  # quartiles
     ratio: float  # and median of the same as a ratio
     high: float
-    slowest: float  # the dearest position in a cycle, by its median over rounds
+    slowest: float  # the slowest position in a cycle, by its median over rounds
     extra: float  # bytes held beyond the inner optimizer's, in units of N
     deviation: float  # from Algorithm 1
 

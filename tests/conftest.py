@@ -1,7 +1,7 @@
 """What all tests share; `README.md` beside it says where a test belongs.
 
 Every test sees eight CPU devices, and a silent broadcast is an error. XLA compiles
-quickly, see `compiling.py`, and dear tests wait until they are asked for.
+quickly, see `compiling.py`, and slow tests wait until they are asked for.
 """
 
 import gc
@@ -23,7 +23,7 @@ gc.set_threshold(200_000, 100, 100)
 def pytest_configure(config):
     config.addinivalue_line(
         "markers",
-        "dear: takes long and rarely breaks; runs once in `.ci/run` and when asked for",
+        "slow: takes long and rarely breaks; runs once in `.ci/run` and when asked for",
     )
     # Where the flags are set, if only to nothing, so they stay. The workers inherit
     # them, and so do the scripts that run in processes of their own.
@@ -49,21 +49,21 @@ def are_known(flags):
     return probe.returncode == 0
 
 
-def wants_dear(config):
-    """Whether `-m` speaks of the dear tests, or a test is named."""
-    return "dear" in config.option.markexpr or any("::" in arg for arg in config.args)
+def wants_slow(config):
+    """Whether `-m` speaks of the slow tests, or a test is named."""
+    return "slow" in config.option.markexpr or any("::" in arg for arg in config.args)
 
 
 def pytest_report_header(config):
-    return None if wants_dear(config) else "dear tests are left out: -m dear runs them"
+    return None if wants_slow(config) else "slow tests are left out: -m slow runs them"
 
 
 def pytest_collection_modifyitems(config, items):
-    if wants_dear(config):
+    if wants_slow(config):
         return
-    dear = [item for item in items if item.get_closest_marker("dear")]
-    config.hook.pytest_deselected(items=dear)
-    items[:] = [item for item in items if not item.get_closest_marker("dear")]
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    config.hook.pytest_deselected(items=slow)
+    items[:] = [item for item in items if not item.get_closest_marker("slow")]
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import optax.contrib
 import pytest
-from rows import dear_but
+from rows import slow_but
 
 STEPS = 9
 
@@ -92,8 +92,8 @@ NAMES = sorted((EXPORTED.keys() - EXCLUDED.keys()) | OTHERS.keys())
 TELLING = ["adam", "lion", "momo", "noisy_sgd", "polyak_sgd", "schedule_free_sgd"]
 TELLING += ["sgd"]
 every_optimizer = pytest.mark.parametrize("name", NAMES)
-# The others are dear, and once in a while is enough.
-telling_optimizers = pytest.mark.parametrize("name", dear_but(TELLING, NAMES))
+# The others are slow, and once in a while is enough.
+telling_optimizers = pytest.mark.parametrize("name", slow_but(TELLING, NAMES))
 
 
 def make(name):

@@ -1,15 +1,15 @@
-"""Rows of a table of parameters that are dear."""
+"""Rows of a table of parameters that are slow."""
 
 import pytest
 
 
-def dear_but(kept, rows):
-    """Returns the rows as parameters of a test, with all but these few marked dear."""
+def slow_but(kept, rows):
+    """Returns the rows as parameters of a test, with all but these few marked slow."""
     assert all(row in rows for row in kept)
-    dear = pytest.mark.dear
+    slow = pytest.mark.slow
     return [
         row
         if row in kept
-        else pytest.param(*(row if isinstance(row, tuple) else (row,)), marks=dear)
+        else pytest.param(*(row if isinstance(row, tuple) else (row,)), marks=slow)
         for row in rows
     ]

@@ -19,7 +19,7 @@ from messages import (
     messages,
     nbytes,
 )
-from rows import dear_but
+from rows import slow_but
 
 from optax_lookahead import (
     average_replicas,
@@ -208,7 +208,7 @@ def assert_follows(visited, expected, k):
 START = np.tile(np.random.default_rng(1).normal(size=SIZE), (R, 1))
 
 
-@pytest.mark.parametrize("k", dear_but([3], [1, 3, 7]))
+@pytest.mark.parametrize("k", slow_but([3], [1, 3, 7]))
 @pytest.mark.parametrize("outer", OUTERS)
 @pytest.mark.parametrize("inner", INNERS)
 def test_it_is_the_loop_over_workers(x64, inner, outer, k):
@@ -218,7 +218,7 @@ def test_it_is_the_loop_over_workers(x64, inner, outer, k):
 
 
 @pytest.mark.parametrize(
-    "form", dear_but(["shard_map, fsdp", "spmd vmap, fsdp"], list(FORMS))
+    "form", slow_but(["shard_map, fsdp", "spmd vmap, fsdp"], list(FORMS))
 )
 def test_it_is_so_in_every_form_and_with_sharded_replicas(x64, form):
     tx = averaged(INNERS["adam"][0], NESTEROV, 3)
@@ -253,7 +253,7 @@ def collectives(text):
 
 @pytest.mark.parametrize(
     "form",
-    dear_but(
+    slow_but(
         ["shard_map, fsdp", "spmd vmap, fsdp", "pmap"],
         [f for f in FORMS if f != "vmap"],
     ),

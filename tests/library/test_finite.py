@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 from compiling import as_shipped
-from rows import dear_but
+from rows import slow_but
 
 from optax_lookahead import lookahead, outer_loop, slow_params
 from optax_lookahead._state import is_finite
@@ -124,7 +124,7 @@ def assert_same(got, expected, dtype, where=None):
 
 @pytest.mark.parametrize("transform", [lambda f: f, as_shipped], ids=["eager", "jit"])
 @pytest.mark.parametrize("outer", ["fraction", "nesterov"])
-@pytest.mark.parametrize("name", dear_but(["float16", "float32"], list(DTYPES)))
+@pytest.mark.parametrize("name", slow_but(["float16", "float32"], list(DTYPES)))
 def test_each_element_follows_the_rule_by_itself(name, outer, transform):
     dtype, inner = DTYPES[name], optax.identity()
     start, updates = blow_ups(dtype)
@@ -242,10 +242,10 @@ TRANSFORMATIONS = {
 }
 
 
-@pytest.mark.parametrize("bad", dear_but([np.nan], [np.nan, np.inf]))
+@pytest.mark.parametrize("bad", slow_but([np.nan], [np.nan, np.inf]))
 @pytest.mark.parametrize(
     "name",
-    dear_but(["lookahead interpolate", "nesterov", "wide"], list(TRANSFORMATIONS)),
+    slow_but(["lookahead interpolate", "nesterov", "wide"], list(TRANSFORMATIONS)),
 )
 def test_after_a_blow_up_at_any_step_training_goes_on_from_the_slow_weights(name, bad):
     tx = TRANSFORMATIONS[name](optax.sgd(0.1, momentum=0.5))
@@ -280,7 +280,7 @@ def test_after_a_blow_up_at_any_step_training_goes_on_from_the_slow_weights(name
 
 @pytest.mark.parametrize("debug", [False, True], ids=["", "debug_nans"])
 @pytest.mark.parametrize(
-    "name", dear_but(["lookahead keep", "nesterov", "wide"], list(TRANSFORMATIONS))
+    "name", slow_but(["lookahead keep", "nesterov", "wide"], list(TRANSFORMATIONS))
 )
 def test_entries_that_are_infinite_by_design_stay_and_raise_nothing(name, debug):
     tx = TRANSFORMATIONS[name](optax.sgd(0.1, momentum=0.5))

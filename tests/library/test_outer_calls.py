@@ -14,7 +14,7 @@ import optax
 import pytest
 from compiling import as_shipped
 from jax.experimental import checkify
-from rows import dear_but
+from rows import slow_but
 
 from optax_lookahead import lookahead, outer_loop
 
@@ -60,7 +60,7 @@ def constructors():
 OUTERS = constructors()
 NAMES = sorted(OUTERS)
 IN_THE_LINE = ["adam", "sgd"]
-every_outer = pytest.mark.parametrize("name", dear_but(IN_THE_LINE, NAMES))
+every_outer = pytest.mark.parametrize("name", slow_but(IN_THE_LINE, NAMES))
 
 
 def gradient(params, step):
@@ -151,7 +151,7 @@ def test_derivatives_are_those_of_two_plain_loops(x64, monkeypatch, name):
         np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-9 * np.max(np.abs(y)))
 
 
-@pytest.mark.dear
+@pytest.mark.slow
 def test_they_are_so_for_a_batch_of_hyperparameters_too(x64):
     several = np.stack([AT, AT * 0.9, AT * 1.1])
     for name in ("adam", "sgd"):

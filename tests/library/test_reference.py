@@ -7,7 +7,7 @@ import optax
 import pytest
 import reference
 from noisy_problem import START, gradient, numpy_gradient, to_tree, to_vector
-from rows import dear_but
+from rows import slow_but
 from training import scanned, trajectory
 
 from optax_lookahead import lookahead, slow_params
@@ -37,7 +37,7 @@ PAIRS = [(k, alpha) for k in (1, 2, 5, 7) for alpha in (0.2, 0.5, 0.8, 1.0)]
 FEW = [(1, 0.5), (2, 0.2), (5, 0.8), (7, 1.0)]
 
 
-@pytest.mark.parametrize(("k", "alpha"), dear_but(FEW, PAIRS))
+@pytest.mark.parametrize(("k", "alpha"), slow_but(FEW, PAIRS))
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_params_and_slow_weights_follow_algorithm_1_at_every_step(x64, name, k, alpha):
     inner, inner_reference = OPTIMIZERS[name]

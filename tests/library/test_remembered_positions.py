@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 from optimizers import NAMES, START, arguments, make
-from rows import dear_but
+from rows import slow_but
 
 from optax_lookahead import lookahead
 
@@ -49,7 +49,7 @@ def left(name):
 KEPT = [name for name in ("adam", "sgd", *REMEMBERED) if name in NAMES]
 
 
-@pytest.mark.parametrize("name", dear_but(KEPT, NAMES))
+@pytest.mark.parametrize("name", slow_but(KEPT, NAMES))
 def test_the_next_step_leaves_a_syncs_move_as_it_is_but_for_these(name):
     np.testing.assert_allclose(left(name), REMEMBERED.get(name, ALL), atol=0.05)
 

@@ -22,7 +22,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from meshes import make_mesh
 from pages import run_block
-from rows import dear_but
+from rows import slow_but
 
 from optax_lookahead import (
     average_replicas,
@@ -323,13 +323,13 @@ TELLING = [("adamw", "vmap"), ("muon", "shard_map"), ("partition", "shard_map")]
 PAIRS = [(name, form) for name in ROWS for form in FORMS]
 
 
-@pytest.mark.parametrize(("name", "form"), dear_but(TELLING, PAIRS))
+@pytest.mark.parametrize(("name", "form"), slow_but(TELLING, PAIRS))
 def test_replicas_are_separate_workers_that_sync(name, form):
     found, bound = deviation(name, form, "float64")
     assert found <= bound
 
 
-@pytest.mark.parametrize(("name", "form"), dear_but([("adamw", "shard_map")], PAIRS))
+@pytest.mark.parametrize(("name", "form"), slow_but([("adamw", "shard_map")], PAIRS))
 def test_in_float32_they_are_to_its_rounding(name, form):
     found, bound = deviation(name, form, "float32")
     assert found <= bound
@@ -360,7 +360,7 @@ class LinenModel(nn.Module):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("library", dear_but(["nnx"], ["nnx", "linen"]))
+@pytest.mark.parametrize("library", slow_but(["nnx"], ["nnx", "linen"]))
 def test_parameters_of_flax_are_as_good_as_any(x64, library, form):
     if library == "nnx":
         graphdef, start = nnx.split(NnxModel(nnx.Rngs(0)))
@@ -438,7 +438,7 @@ def test_a_checkpoint_without_an_axis_on_the_counts_goes_on(x64, tmp_path):
 
 
 @pytest.mark.parametrize("restart", [5, 6, 7])
-@pytest.mark.parametrize("name", dear_but(["adamw"], ["adamw", "prodigy"]))
+@pytest.mark.parametrize("name", slow_but(["adamw"], ["adamw", "prodigy"]))
 def test_a_broken_replica_restarts_from_a_healthy_one(x64, name, restart):
     row, broken, healthy = ROWS[name], 1, 3
     restart_one = run_block("many-workers-restart")["restart"]

@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from rows import dear_but
+from rows import slow_but
 
 from optax_lookahead import lookahead, outer_loop, slow_params
 
@@ -27,7 +27,7 @@ INNER = optax.adamw(optax.cosine_decay_schedule(0.1, 60))
 STEPS = 5 * K  # three cycles or more after every save, which come in the second one
 # Those with the most in their state, an anchor and an outer state.
 telling_states = pytest.mark.parametrize(
-    "inner_state", dear_but(["interpolate", "outer_loop"], INNER_STATES)
+    "inner_state", slow_but(["interpolate", "outer_loop"], INNER_STATES)
 )
 SAVES = range(K, 2 * K)  # after this many steps: at every position in a cycle
 

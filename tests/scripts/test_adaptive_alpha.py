@@ -193,7 +193,7 @@ def test_the_gradient_function_runs_at_syncs_only_and_at_the_fast_weights():
     np.testing.assert_allclose(seen[0], fast, 1e-5, 1e-6)
 
 
-@pytest.mark.dear
+@pytest.mark.slow
 def test_the_script_prints_and_writes_a_row_for_each_form(tmp_path):
     file = tmp_path / "rows.json"
     options = ("--steps", 10, "--seeds", 1, "--rates", 0.01, "--json", file)

@@ -126,7 +126,7 @@ def tiny_run(data, programs, checkpoint=None):
         return cifar10.train("lookahead", data, programs, tiny_state(), args, bar)
 
 
-@pytest.mark.dear
+@pytest.mark.slow
 def test_a_run_prints_the_accuracies_and_draws_a_picture(tmp_path):
     archive = write_archive(tmp_path / "tiny.tar.gz", cifar_10())
     picture = tmp_path / "cifar10.png"

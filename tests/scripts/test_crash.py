@@ -12,7 +12,7 @@ from commands import BENCHMARKS, check_refused, run
 SCRIPT = BENCHMARKS / "crash.py"
 
 
-@pytest.mark.dear
+@pytest.mark.slow
 def test_a_run_that_is_killed_also_inside_saves_ends_bit_for_bit_as_one_that_is_not():
     result = run(SCRIPT, "--kills", 3)
     assert result.returncode == 0, result.stdout + result.stderr

@@ -44,7 +44,7 @@ def test_digits_answers_a_bad_option_with_one_line(arguments, message):
     check_refused(digits.main, arguments, message)
 
 
-@pytest.mark.dear
+@pytest.mark.slow
 def test_nnx_language_model_prints_a_row_per_setting_and_draws_a_picture(tmp_path):
     picture = tmp_path / "model.png"
     settings = ("--steps", 7, "--k", 3, "--rates", 0.1, 0.01, "--decay")
@@ -63,7 +63,7 @@ def test_nnx_language_model_prints_a_row_per_setting_and_draws_a_picture(tmp_pat
     assert "28/28" in result.stderr, "the progress bar counts every update"
 
 
-@pytest.mark.dear
+@pytest.mark.slow
 def test_nnx_language_model_with_alpha_1_measures_the_inner_optimizer(tmp_path):
     settings = ("--steps", 6, "--k", 2, "--alpha", 1, "--rates", 0.1)
     result = run(
@@ -97,7 +97,7 @@ def test_nnx_language_model_answers_a_bad_option_with_one_line(arguments, messag
     check_refused(nnx_language_model.main, arguments, message)
 
 
-@pytest.mark.dear
+@pytest.mark.slow
 def test_outer_optimizers_prints_a_row_per_setting_and_draws_a_picture(tmp_path):
     picture = tmp_path / "outer.png"
     settings = ("--steps", 120, "--rates", 0.03, 0.005, "--out", picture)

@@ -50,7 +50,7 @@ def test_kernels_are_counted_as_by_hand():
     assert kernels(PROGRAM) == 3
 
 
-@pytest.mark.dear
+@pytest.mark.slow
 def test_when_the_budget_is_spent_every_row_says_so(tmp_path):
     path = tmp_path / "gpu.json"
     result = run_here(gpu.main, "--quick", "--budget", 0, "--json", path)
@@ -59,7 +59,7 @@ def test_when_the_budget_is_spent_every_row_says_so(tmp_path):
     assert result.stdout.count("**not measured**") == 8
 
 
-@pytest.mark.dear
+@pytest.mark.slow
 def test_a_form_that_fails_is_a_row_beside_the_others(tmp_path, monkeypatch):
     def fail(*_):
         raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory\nin detail")

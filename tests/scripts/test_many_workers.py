@@ -10,7 +10,7 @@ from messages import Messages, crosses, messages
 SCRIPT = EXAMPLES / "many_workers.py"
 
 
-@pytest.mark.dear
+@pytest.mark.slow
 def test_it_prints_a_row_per_method_with_its_bytes_and_draws_a_picture(tmp_path):
     picture = tmp_path / "workers.png"
     tiny = ("--seeds", 1, "--width", 8, "--depth", 1, "--context", 8, "--batch", 2)
@@ -30,7 +30,7 @@ def test_it_prints_a_row_per_method_with_its_bytes_and_draws_a_picture(tmp_path)
     assert "200/200" in result.stderr, "the progress bar counts every update"
 
 
-@pytest.mark.dear
+@pytest.mark.slow
 def test_it_also_runs_with_muon_inside(tmp_path):
     tiny = ("--seeds", 1, "--width", 8, "--depth", 1, "--context", 8, "--batch", 2)
     settings = ("--steps", 40, "--rates", 0.03, "--out", tmp_path / "workers.png")

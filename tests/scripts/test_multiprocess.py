@@ -70,7 +70,7 @@ def read_weights(path):
         return dict(weights)
 
 
-@pytest.mark.dear
+@pytest.mark.slow
 def test_two_processes_end_with_the_weights_of_one(tmp_path):
     folder = tmp_path / "run"
     with Run("--steps", 13, "--folder", folder) as run:
@@ -105,7 +105,7 @@ def test_two_processes_end_with_the_weights_of_one(tmp_path):
     assert all(float(x) <= 1e-9 for x in largest.groups())
 
 
-@pytest.mark.dear
+@pytest.mark.slow
 def test_a_killed_run_of_replicas_resumes_in_mid_cycle_and_ends_with_the_weights_of_one(
     tmp_path,
 ):
@@ -136,7 +136,7 @@ def test_a_killed_run_of_replicas_resumes_in_mid_cycle_and_ends_with_the_weights
             np.testing.assert_allclose(value[0], value[1], rtol=0, atol=1e-12)
 
 
-@pytest.mark.dear
+@pytest.mark.slow
 def test_a_killed_process_ends_the_run_with_an_error_that_names_it(tmp_path):
     folder = tmp_path / "run"
     with Run(*ENDLESS, "--folder", folder) as run:
@@ -159,7 +159,7 @@ def test_a_killed_process_ends_the_run_with_an_error_that_names_it(tmp_path):
     assert not any(map(is_running, pids.values()))
 
 
-@pytest.mark.dear
+@pytest.mark.slow
 def test_a_process_that_fails_shows_why_while_the_other_waits_for_it(tmp_path):
     folder = tmp_path / "run"
     with Run(*ENDLESS, "--folder", folder) as run:
@@ -172,7 +172,7 @@ def test_a_process_that_fails_shows_why_while_the_other_waits_for_it(tmp_path):
     assert not any(map(is_running, pids.values()))
 
 
-@pytest.mark.dear
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGKILL"])
 def test_no_process_outlives_the_script(name):
     with Run(*ENDLESS) as run:
@@ -190,7 +190,7 @@ def test_no_process_outlives_the_script(name):
         assert f"stopped by {name}\n" in err
 
 
-@pytest.mark.dear
+@pytest.mark.slow
 def test_a_run_that_takes_too_long_is_stopped():
     with Run(*ENDLESS, "--timeout", 0.5) as run:
         pids = run.read_pids()

@@ -20,7 +20,7 @@ import pytest
 import quadratic_runs as runs
 import quadratic_theory as theory
 from commands import check_refused, run_here
-from rows import dear_but
+from rows import slow_but
 from scipy.linalg import solve_discrete_lyapunov
 
 from optax_lookahead import lookahead, outer_loop, slow_params
@@ -216,7 +216,7 @@ POINTS = {
 
 # `.ci/run` compares all of them, over the whole grid.
 @pytest.mark.parametrize(
-    "name", dear_but(["Lookahead", "SNOO, DiLoCo", "interpolate"], POINTS)
+    "name", slow_but(["Lookahead", "SNOO, DiLoCo", "interpolate"], POINTS)
 )
 def test_many_chains_have_the_mean_and_the_variance_of_the_theory(name):
     method = runs.METHODS[name]
@@ -338,7 +338,7 @@ def script():
     jax.config.update("jax_enable_x64", False)
 
 
-@pytest.mark.dear
+@pytest.mark.slow
 def test_the_script_prints_the_checks_and_draws_the_picture(
     script, monkeypatch, tmp_path
 ):

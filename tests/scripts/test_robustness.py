@@ -188,7 +188,7 @@ def test_inner_state_has_a_row_per_policy(monkeypatch, tmp_path):
     assert found == [("SGD", state) for state in states]
 
 
-@pytest.mark.dear
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 def test_curves_tunes_and_says_when_a_grid_ends(tmp_path):
     text = table("curves", tmp_path)
@@ -201,7 +201,7 @@ def test_curves_tunes_and_says_when_a_grid_ends(tmp_path):
     assert [line for line in text.splitlines() if "at an edge" in line] == edges
 
 
-@pytest.mark.dear
+@pytest.mark.slow
 def test_cycles_runs_as_a_command_and_prints_what_the_fast_weights_lose(tmp_path):
     picture = tmp_path / "cycles.png"
     sizes = ["--data", "digits", "--seeds", "1", "--steps", "100", "--out"]
