@@ -130,13 +130,13 @@ def count(slice_name: str, replicas: int, form: str, layers: int) -> Counts:
     chips = len(slice_.devices)
     mesh = Mesh(np.array(slice_.devices).reshape(replicas, -1), ("replica", "fsdp"))
     params = decoder(layers)
+    unit = sum(x.size for x in jax.tree.leaves(params)) * 4 * replicas / chips
     step, state, axes = map_step(form, params, spmd_axis_name="replica")
     params = jax.tree.map(functools.partial(on_mesh, mesh), params)
     state = jax.tree.map(functools.partial(on_mesh, mesh), state, axes)
     step = jax.jit(step, donate_argnums=(0, 1))
     compiled = step.lower(params, state, params).compile()
     text = compiled.as_text()
-    unit = sum(x.size for x in jax.tree.leaves(params)) * 4 * replicas / chips
     sent = messages(text, chips, lambda i: i // (chips // replicas))
     return Counts(
         sent.always / unit,
