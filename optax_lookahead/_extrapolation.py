@@ -78,8 +78,7 @@ def extrapolation(
         def leaf(u: Any, d: Any) -> tuple[Any, Any]:
             if u is None or isinstance(d, optax.MaskedNode):  # frozen, or discrete
                 return u, d
-            # In float32 at least: 1 - 0.99 is 0.0117 in bfloat16.
-            dtype = jnp.promote_types(common_dtype(u, d), jnp.float32)
+            dtype = _wide(u, d)
             c, new_c, decayed = (jnp.asarray(x, dtype) for x in scalars)
             u_wide, d_wide = jnp.asarray(u, dtype), jnp.asarray(d, dtype)
             new_d = jnp.asarray(turn(u_wide, d_wide, c, decayed), d.dtype)
@@ -106,7 +105,11 @@ def extrapolation(
 
 def evaluation_point(y: Any, coefficient: Any, d: Any) -> Any:
     """Returns w, in the wider of the dtypes of y and of the direction d."""
-    held = common_dtype(y, d)
-    dtype = jnp.promote_types(held, jnp.float32)
+    held, dtype = common_dtype(y, d), _wide(y, d)
     y, coefficient, d = (jnp.asarray(x, dtype) for x in (y, coefficient, d))
     return jnp.asarray(y - coefficient * d, held)
+
+
+def _wide(x: Any, y: Any) -> Any:
+    """Returns the dtype for both, at least float32: 1 - 0.99 is 0.0117 in bfloat16."""
+    return common_dtype(common_dtype(x, y), jnp.float32)

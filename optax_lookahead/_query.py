@@ -159,7 +159,7 @@ def _extrapolate_back(
         _see(path, seen)
         check_leaf(path, slow, d)
         point = evaluation_point(slow[path], coefficient, d)
-        slow[path] = point if wide else point.astype(slow[path].dtype)
+        slow[path] = point if wide else point.astype(jnp.result_type(slow[path]))
 
 
 def _see(path: Any, seen: set[Any]) -> None:

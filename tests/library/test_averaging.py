@@ -342,6 +342,18 @@ def test_a_wider_accumulator_keeps_the_bits_that_a_long_average_needs(tx, expect
 
 
 @both
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float16", "float32"])
+def test_every_floating_dtype_and_python_numbers_are_taken(name, dtype):
+    tx, params = of(name), jnp.ones(3, dtype)
+    updates, state = tx.update(params, tx.init(params))
+    assert updates.dtype == state.direction.dtype == params.dtype
+    assert slow_params(state, params).dtype == params.dtype
+    number, state = tx.update(1.0, tx.init(1.0))
+    np.testing.assert_allclose(np.float32(updates), number, rtol=0.1)
+    assert np.isfinite(slow_params(state, 1.0))
+
+
+@both
 def test_other_leaves_than_floating_ones_pass_by(name):
     params = PARAMS | {"count": jnp.array(3), "key": jax.random.key(0), "nothing": None}
     tx = of(name)
