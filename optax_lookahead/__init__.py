@@ -14,7 +14,10 @@ True
 """
 
 from ._average import average_replicas as average_replicas
+from ._ema_nesterov import ema_nesterov as ema_nesterov
+from ._extrapolation import ExtrapolationState as ExtrapolationState
 from ._lookahead import lookahead as lookahead, outer_loop as outer_loop
+from ._primal_averaging import primal_averaging as primal_averaging
 from ._query import slow_params as slow_params
 from ._replica_axes import replica_axes as replica_axes
 from ._state import InnerStep as InnerStep, LookaheadState as LookaheadState

@@ -41,15 +41,24 @@ def check_k(k: Any) -> None:
 
 def check_alpha(alpha: Any) -> None:
     """Raises unless `alpha` is a step size or a schedule, as far as that is static."""
-    if callable(alpha) or (alpha := _static_scalar("alpha", alpha)) is _NOT_STATIC:
+    remedy = "the slow step size, for example `alpha=0.5`"
+    check_coefficient("alpha", alpha, "[0, 1]", remedy)
+
+
+def check_coefficient(name: str, value: Any, interval: str, remedy: str) -> None:
+    """Raises unless it is a number in the interval or a schedule, if that is static."""
+    if callable(value) or (value := _static_scalar(name, value)) is _NOT_STATIC:
         return
     message = (
-        f"`alpha` must be a number in [0, 1] or a schedule, got {alpha!r}. "
-        "Write the slow step size, for example `alpha=0.5`."
+        f"`{name}` must be a number in {interval} or a schedule, got {value!r}. "
+        f"Write {remedy}."
     )
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(message)
-    if not 0 <= alpha <= 1:  # NaN too
+    low, high = map(float, interval[1:-1].split(","))
+    if not low <= value <= high:  # NaN too
+        raise ValueError(message)
+    if value == high and interval.endswith(")"):
         raise ValueError(message)
 
 
@@ -172,12 +181,14 @@ def check_known(
             raise _mismatch(f"shape {jnp.shape(p)} at {describe_path(path)}", "no leaf")
 
 
-def check_unstacked(steps_since_sync: jax.typing.ArrayLike) -> None:
+def check_unstacked(
+    scalar: jax.typing.ArrayLike, name: str = "steps_since_sync"
+) -> None:
     """Raises if the state is a stack of states: `where` would broadcast it wrongly."""
-    shape = jnp.shape(steps_since_sync)
+    shape = jnp.shape(scalar)
     if shape:
         raise ValueError(
-            f"`steps_since_sync` must be a scalar, got shape {shape}: these are "
+            f"`{name}` must be a scalar, got shape {shape}: these are "
             "several states in one. Call the function under `jax.vmap`."
         )
 

@@ -16,6 +16,7 @@ from ._checks import (
     describe_path,
     describe_state,
 )
+from ._extrapolation import ExtrapolationState, evaluation_point
 from ._slow_weights import cycle_start
 from ._state import LookaheadState, copy, is_finite, is_inexact
 
@@ -30,7 +31,13 @@ def slow_params(
 
         phi = params if steps_since_sync == 0 else state.slow_params
 
-    The lookahead state may stand at any depth of tuples, lists, dicts and other
+    With `ema_nesterov` and `primal_averaging` they are theta and x, which the state
+    says where to find from the parameters:
+
+        params - state.coefficient * state.direction
+
+    If one of these is the outer optimizer of an `outer_loop`, that holds of phi. The
+    state may stand at any depth of tuples, lists, dicts and other
     containers that JAX knows, as the wrappers of Optax make them. Of nested lookaheads
     the outermost counts; several with disjoint parameters, as under
     `optax.partition`, are merged. The one vector of `optax.flatten` is taken apart, and
@@ -71,12 +78,17 @@ def slow_params(
       Zhang, Lucas, Hinton, Ba, [Lookahead Optimizer: k steps forward, 1 step
       back](https://arxiv.org/abs/1907.08610), 2019, Algorithm 1, which returns phi.
     """
-    states = outermost_states(opt_state)
+    states = outermost_states(opt_state, (LookaheadState, ExtrapolationState))
     # By path, since `optax.masked` leaves out leaves and whole branches.
     leaves, treedef = jax.tree.flatten_with_path(params)
     slow = dict(leaves)
-    seen = set()
+    seen, masks = set(), []
     for state in states:
+        if isinstance(state, ExtrapolationState):
+            _extrapolate_back(slow, state, params, seen, wide=wide)
+            masks += masked_paths(state.direction)
+            continue
+        masks += masked_paths(state.slow_params)
         # By its leaf, since `nnx.Optimizer` wraps it in a variable, for which `== 0`
         # asks whether the variable is the object 0.
         (steps_since_sync,) = jax.tree.leaves(state.steps_since_sync)
@@ -85,12 +97,7 @@ def slow_params(
         for path, phi in jax.tree.leaves_with_path(
             in_tree_of(params, state.slow_params)
         ):
-            if path in seen:
-                raise ValueError(
-                    "`opt_state` must hold one slow copy of each parameter, got two "
-                    f"of {describe_path(path)}. Pass the sub-state that you want."
-                )
-            seen.add(path)
+            _see(path, seen)
             check_leaf(path, slow, phi)
             p = slow[path]
             if wide:
@@ -99,12 +106,14 @@ def slow_params(
                 held = jnp.asarray(phi, jnp.result_type(p))
                 slow[path] = jnp.where(start & is_finite(p), p, held)
             # Else the loop made a float of a discrete parameter, which phi truncates.
+        within = set()
+        for outer in _states(state.outer_state, (ExtrapolationState,)):
+            _extrapolate_back(slow, outer, params, within, wide=wide)
     if leaves and not seen:
         raise ValueError(
             "`opt_state` must hold a slow copy of at least one parameter, got a "
             "lookahead state without any. Check the mask or the labels around it."
         )
-    masks = [path for state in states for path in masked_paths(state.slow_params)]
     check_known(slow, seen, masks)
     return jax.tree.unflatten(treedef, [slow[path] for path, _ in leaves])
 
@@ -114,13 +123,11 @@ def is_lookahead_state(node: Any) -> bool:
     return isinstance(node, LookaheadState)
 
 
-def outermost_states(opt_state: optax.OptState) -> list[LookaheadState]:
-    """Returns the lookahead states that stand in no other, and raises without one."""
-    states = [
-        node
-        for node in jax.tree.leaves(opt_state, is_leaf=is_lookahead_state)
-        if is_lookahead_state(node)
-    ]
+def outermost_states(
+    opt_state: optax.OptState, types: tuple[type, ...] = (LookaheadState,)
+) -> list[Any]:
+    """Returns the states of these types that stand in no other, at least one."""
+    states = _states(opt_state, types)
     if not states:
         raise ValueError(
             "`opt_state` must hold the state of a lookahead, got a "
@@ -128,6 +135,41 @@ def outermost_states(opt_state: optax.OptState) -> list[LookaheadState]:
             "optimizer's `init` or `update` returned."
         )
     return states
+
+
+def _states(tree: Any, types: tuple[type, ...]) -> list[Any]:
+    def is_state(node: Any) -> bool:
+        return isinstance(node, types)
+
+    return list(filter(is_state, jax.tree.leaves(tree, is_leaf=is_state)))
+
+
+def _extrapolate_back(
+    slow: dict[Any, Any],
+    state: ExtrapolationState,
+    params: Any,
+    seen: set[Any],
+    *,
+    wide: bool,
+) -> None:
+    """Takes the leaves of `slow` to the weights that they were extrapolated from."""
+    (coefficient,) = jax.tree.leaves(state.coefficient)
+    check_unstacked(coefficient, "coefficient")
+    for path, d in jax.tree.leaves_with_path(in_tree_of(params, state.direction)):
+        _see(path, seen)
+        check_leaf(path, slow, d)
+        point = evaluation_point(slow[path], coefficient, d)
+        slow[path] = point if wide else point.astype(jnp.result_type(slow[path]))
+
+
+def _see(path: Any, seen: set[Any]) -> None:
+    """Adds the path, and raises if it is there already."""
+    if path in seen:
+        raise ValueError(
+            "`opt_state` must hold one slow copy of each parameter, got two of "
+            f"{describe_path(path)}. Pass the sub-state that you want."
+        )
+    seen.add(path)
 
 
 def masked_paths(slow: Any) -> list[Any]:

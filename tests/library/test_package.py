@@ -21,6 +21,9 @@ def test_the_public_names_are_these():
         "with_inner_state",
         "LookaheadState",
         "InnerStep",
+        "ema_nesterov",
+        "primal_averaging",
+        "ExtrapolationState",
         "average_replicas",
         "replica_axes",
     }

@@ -26,7 +26,7 @@ from pages import (
     python_blocks,
     run_block,
 )
-from training import scanned
+from training import scanned, two_loops_with_outer
 
 from optax_lookahead import lookahead, slow_params
 
@@ -169,6 +169,71 @@ def test_the_line_for_a_descendant_trains(name):
     assert state.sync_count[-1] >= 2
     slow = slow_params(*(jax.tree.map(lambda x: x[-1], x) for x in (state, params)))
     assert 0.0 < optax.tree.norm(slow) < optax.tree.norm(start)
+
+
+def test_the_averages_in_every_step_train():
+    namespace = run_block("averages")
+    slow, params = namespace["weights"], namespace["params"]
+    assert 0.0 < optax.tree.norm(params) < optax.tree.norm(slow) < np.sqrt(3)
+    beta = jax.vmap(namespace["beta"])(jnp.arange(3150))
+    assert np.array_equal(np.flatnonzero(beta), np.arange(500, 2400))
+    assert 0.5 < np.max(beta) < 0.6
+    start, muon = {"w": jnp.eye(3, 4)}, namespace["muon"]
+    params, _ = scanned(muon, start, lambda params, step: params, 200)
+    assert optax.tree.norm(params["w"][-1]) < optax.tree.norm(start)
+
+
+MODEL = {"embedding": jnp.eye(3, 2), "w": jnp.eye(2, 3), "b": jnp.ones(3)}
+
+
+def towards_zero(params, step):
+    return params
+
+
+def test_parameters_that_are_left_out_train_as_with_the_inner_optimizer():
+    namespace = run_block("leave-out")
+    plain, _ = scanned(optax.adamw(1e-3), MODEL, towards_zero, 60)
+    for name in ("snoo", "average"):
+        params, _ = scanned(namespace[name], MODEL, towards_zero, 60)
+        for left_out in ("embedding", "b"):
+            np.testing.assert_allclose(
+                params[left_out], plain[left_out], rtol=1e-5, atol=1e-6
+            )
+        assert np.max(np.abs(params["w"] - plain["w"])) > 1e-4
+
+
+def test_weights_that_keep_their_norm_have_it_after_every_sync():
+    tx = run_block("retraction")["tx"]
+    start = {"w": jnp.eye(2, 3), "b": jnp.ones(3)}
+    params, state = scanned(tx, start, towards_zero, 90)
+    synced = state.steps_since_sync == 0
+    assert np.sum(synced) == 3
+    norms = jnp.linalg.norm(params["w"], axis=(1, 2))
+    # Where XLA compiles quickly, a square root or a quotient may have 12 bits.
+    np.testing.assert_allclose(norms[synced], jnp.linalg.norm(start["w"]), rtol=1e-3)
+    assert np.all(norms[~synced] < 0.999 * jnp.linalg.norm(start["w"]))
+    assert np.all(params["b"][-1] < 1.0)  # vectors go where they like
+
+
+def test_the_average_of_the_last_slow_weights_has_less_noise(capsys):
+    run_block("tail-average")
+    printed = re.fullmatch(r"slow (.+)\naverage (.+)\n", capsys.readouterr().out)
+    slow, average = map(float, printed.groups())
+    assert 0.0 < average < 0.5 * slow
+
+
+def test_the_metrics_are_the_distances_of_two_loops(capsys):
+    run_block("metrics")
+    visited = two_loops_with_outer(
+        optax.adam(0.1), optax.sgd(0.5), jnp.array([4.0, -2.0]), towards_zero, 3, 6
+    )
+    lines, last = "", 0.0
+    for step, (fast, slow, _) in enumerate(visited, 1):
+        if step % 3 == 0:  # half of the way was taken
+            last = 2 * np.linalg.norm(slow - visited[step - 2][1])
+        apart = np.linalg.norm(fast - slow)
+        lines += f"step {step}: {apart:.3f} apart, last cycle {last:.3f}\n"
+    assert capsys.readouterr().out == lines
 
 
 @pytest.mark.skipif(

@@ -10,11 +10,14 @@ import jax
 import optax
 
 from optax_lookahead import (
+    ExtrapolationState,
     InnerStep,
     LookaheadState,
     average_replicas,
+    ema_nesterov,
     lookahead,
     outer_loop,
+    primal_averaging,
     set_slow_params,
     slow_params,
     with_inner_state,
@@ -32,6 +35,23 @@ def constructors(inner: optax.GradientTransformation, k: jax.Array) -> None:
     outer = optax.chain(average_replicas("replica"), optax.sgd(0.7))
     assert_type(outer_loop(inner, outer, k=30), Transformation)
     assert_type(average_replicas(("replica", "pod")), Transformation)
+
+
+def averages(beta: jax.Array) -> None:
+    assert_type(ema_nesterov(), optax.GradientTransformation)
+    assert_type(ema_nesterov(beta, lambda t: 0.99), optax.GradientTransformation)
+    assert_type(primal_averaging(0.9, 0.7), optax.GradientTransformation)
+    assert_type(
+        primal_averaging(accumulator_dtype="float32"), optax.GradientTransformation
+    )
+    ema_nesterov("0.3")  # pyright: ignore[reportArgumentType]
+    primal_averaging(0.9, 0.7, "float32")  # pyright: ignore[reportCallIssue]
+
+
+def their_state(opt_state: optax.OptState) -> None:
+    assert isinstance(opt_state, ExtrapolationState)
+    assert_type(opt_state.direction, optax.Updates)
+    assert_type(opt_state.coefficient, jax.typing.ArrayLike)
 
 
 def own_policy(state: optax.OptState, fresh: optax.OptState) -> optax.OptState:
