@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from ._checks import check_anchor, check_result
+from ._extrapolation import ExtrapolationState
 from ._state import LookaheadState, copy, is_finite, is_inexact, select
 
 InnerState = (
@@ -99,6 +100,7 @@ def _rounded(p: Any, slow: Any) -> Any:
 # The fields that count training time, or that someone set: a reset leaves them alone,
 # since a learning rate that warms up again in every cycle never leaves its warm-up.
 _TIME_FIELDS = {
+    ExtrapolationState: ("step_count",),
     LookaheadState: ("sync_count",),
     optax.AddNoiseState: ("count",),
     optax.ConditionallyMaskState: ("step",),

@@ -137,3 +137,10 @@ def arguments(name, params, step):
     if name == "sophia":
         return grads, {"obj_fn": loss}
     return grads, {"value": value, "grad": grads, "value_fn": loss}
+
+
+def multi_steps(inner, every, **options):
+    """Returns `optax.MultiSteps` that accumulates in float64, as old ones do anyway."""
+    if "accumulator_dtype" in inspect.signature(optax.MultiSteps).parameters:
+        options["accumulator_dtype"] = jnp.float64
+    return optax.MultiSteps(inner, every, **options).gradient_transformation()

@@ -519,3 +519,19 @@ def test_a_coefficient_out_of_range_is_refused(name):
         make(**{name: jnp.ones(2)})
     for good in (0, 0.5, np.float32(0.5), jnp.array(0.5), jnp.array(2.0)):
         make(**{name: good})
+
+
+def test_a_reset_by_a_lookahead_around_lets_schedules_go_on():
+    seen = []
+
+    def beta(count):
+        seen.append(int(count))
+        return 0.1
+
+    inner = optax.chain(optax.sgd(0.1), ema_nesterov(beta=beta))
+    tx, params = lookahead(inner, 2, inner_state="reset"), jnp.ones(2)
+    state = tx.init(params)
+    for _ in range(6):
+        updates, state = tx.update(params, state, params)
+        params = optax.apply_updates(params, updates)
+    assert state.fast_state[1].step_count == 6

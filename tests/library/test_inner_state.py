@@ -22,6 +22,7 @@ from optimizers import (
     arguments,
     every_optimizer,
     make,
+    multi_steps,
     telling_optimizers,
 )
 from training import scanned, trajectory
@@ -772,9 +773,7 @@ def test_the_projector_of_galore_stays_orthonormal():
 def test_gradients_that_are_being_accumulated_are_applied_once_and_whole(name, x64):
     # Three micro-steps in cycles of two: a sync comes in the middle of them.
     inner = {
-        "multi_steps": optax.MultiSteps(
-            optax.sgd(0.1), 3, use_grad_mean=False, accumulator_dtype=jnp.float64
-        ).gradient_transformation(),
+        "multi_steps": multi_steps(optax.sgd(0.1), 3, use_grad_mean=False),
         "apply_every": optax.chain(optax.apply_every(3), optax.sgd(0.1)),
     }[name]
     tx = lookahead(inner, 2, 0.5, inner_state="interpolate")

