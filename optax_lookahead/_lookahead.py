@@ -6,6 +6,7 @@ import optax
 from ._checks import check_alpha, check_inner_state, check_transformation
 from ._cycle import cycles
 from ._inner_state import InnerState
+from ._slow_memory import SlowMemoryKind
 
 
 def lookahead(
@@ -15,6 +16,7 @@ def lookahead(
     *,
     inner_state: InnerState = "keep",
     slow_dtype: jax.typing.DTypeLike | None = None,
+    slow_memory_kind: SlowMemoryKind | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Lookahead around any optimizer: k steps forward, one step back.
 
@@ -92,6 +94,14 @@ def lookahead(
         cycle. Under `optax.inject_hyperparams` write
         the dtype's name: a type such as `jnp.float32` is taken for a schedule there,
         and what it returns is refused here, unless it is in `static_args`.
+      slow_memory_kind: Where the slow weights rest: None, in the memory of the
+        parameters, or `"pinned_host"`, in the memory of the devices' host, with the
+        same shardings. There the first step of a cycle and the one that syncs read and
+        write them, an array at a time, and all others leave them alone. The values are
+        the same. Give `jax.jit` the `out_shardings` of parameters and state if it
+        donates them; [the page on memory](#docs) says why and when it pays. Reverse
+        differentiation through `update` is not possible then, nor a `jax.vmap` over
+        `k` or over counters, which is refused.
 
     Returns:
       A `GradientTransformationExtraArgs` whose state is a `LookaheadState`. Its
@@ -135,7 +145,7 @@ def lookahead(
     """
     check_alpha(alpha)
     check_inner_state(inner_state, has_alpha=True)
-    return cycles(inner, k, inner_state, slow_dtype, alpha=alpha)
+    return cycles(inner, k, inner_state, slow_dtype, slow_memory_kind, alpha=alpha)
 
 
 def outer_loop(
@@ -145,6 +155,7 @@ def outer_loop(
     *,
     inner_state: InnerState = "keep",
     slow_dtype: jax.typing.DTypeLike | None = None,
+    slow_memory_kind: SlowMemoryKind | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Lets an outer optimizer take a step after every k steps of an inner one.
 
@@ -180,6 +191,7 @@ def outer_loop(
       inner_state: `"keep"`, `"reset"` or a function, as in `lookahead`. There is no
         `"interpolate"`, as an outer optimizer has no fraction to move by.
       slow_dtype: As in `lookahead`. The outer state has this dtype too.
+      slow_memory_kind: As in `lookahead`. The outer state stays on the device.
 
     Returns:
       A `GradientTransformationExtraArgs` as of `lookahead`, whose state holds the
@@ -218,4 +230,4 @@ def outer_loop(
     """
     check_transformation("outer", outer, "outer_loop(inner, optax.sgd(0.5), k)")
     check_inner_state(inner_state, has_alpha=False)
-    return cycles(inner, k, inner_state, slow_dtype, outer=outer)
+    return cycles(inner, k, inner_state, slow_dtype, slow_memory_kind, outer=outer)
