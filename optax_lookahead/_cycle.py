@@ -106,9 +106,11 @@ def cycles(
                 state.slow_params,
             )
             slow_params = jax.tree.map(lambda _, leaf: leaf[1], params, synced)
-            synced_params = jax.tree.map(
-                memory.read(lambda _, slow: slow, sync), params, slow_params
-            )
+
+            def synced_params() -> Any:
+                read = memory.read(lambda _, slow: slow, sync)
+                return jax.tree.map(read, params, slow_params)
+
         else:
             alpha_now = None
             phi = jax.tree.map(
@@ -135,10 +137,14 @@ def cycles(
                 finite,
                 slow_updates,
             )
-            synced_params = jax.tree.map(lambda _, leaf: leaf[1], params, synced)
+            on_device = jax.tree.map(lambda _, leaf: leaf[1], params, synced)
             slow_params = jax.tree.map(
-                memory.write(start, sync), synced_params, state.slow_params
+                memory.write(start, sync), on_device, state.slow_params
             )
+
+            def synced_params() -> Any:
+                return on_device
+
         final_updates = jax.tree.map(lambda _, leaf: leaf[0], params, synced)
 
         # 4. What the sync means for the inner state.

@@ -37,7 +37,7 @@ def memory(kind: SlowMemoryKind | None) -> Memory:
 def to_host(x: Any) -> Any:
     """Returns the array in the host's memory, or the shape of one there."""
     if not isinstance(x, jax.ShapeDtypeStruct):
-        return jax.device_put(x, jax.memory.Space.Host)
+        return x if _is_on_host(x) else jax.device_put(x, jax.memory.Space.Host)
     if x.sharding is None:  # and so no place that says it
         return x
     return x.update(sharding=x.sharding.with_memory_kind("pinned_host"))
