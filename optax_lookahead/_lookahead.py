@@ -94,14 +94,14 @@ def lookahead(
         cycle. Under `optax.inject_hyperparams` write
         the dtype's name: a type such as `jnp.float32` is taken for a schedule there,
         and what it returns is refused here, unless it is in `static_args`.
-      slow_memory_kind: Where the slow weights rest: None, in the memory of the
-        parameters, or `"pinned_host"`, in the memory of the devices' host, with the
-        same shardings. There the first step of a cycle and the one that syncs read and
-        write them, an array at a time, and all others leave them alone. The values are
-        the same. Give `jax.jit` the `out_shardings` of parameters and state if it
-        donates them; [the page on memory](#docs) says why and when it pays. Reverse
-        differentiation through `update` is not possible then, nor a `jax.vmap` over
-        `k` or over counters, which is refused.
+      slow_memory_kind: Memory of the slow weights between the start of a cycle and its
+        sync: None for that of the parameters, or `"pinned_host"` for that of the
+        devices' host, with the same shardings. The first step of a cycle and the one
+        that syncs bring them to the device and back, an array at a time. Other steps
+        leave them there. A `jax.jit` that donates needs `in_shardings` and
+        `out_shardings` for parameters and state, as they name the memories. A
+        `jax.vmap` over `k` or over counters is refused, and `update` has no reverse
+        derivative.
 
     Returns:
       A `GradientTransformationExtraArgs` whose state is a `LookaheadState`. Its
@@ -116,9 +116,10 @@ def lookahead(
         dtype. `init` raises it if a leaf is not an array, `update` if the state is not
         a `LookaheadState`.
       ValueError: If a static `k` is below 1 or beyond int32, a static `alpha` is
-        outside [0, 1], either is an array that is not a scalar, or `inner_state` is
-        none of the four. `init` raises it if `slow_dtype` is narrower than a
-        parameter, or if the state of `inner` cannot be interpolated; `update` without
+        outside [0, 1], either is an array that is not a scalar, `inner_state` is none
+        of the four, or `slow_memory_kind` is another, or JAX older than `jax.memory`.
+        `init` raises it if `slow_dtype` is narrower than a parameter, the state of
+        `inner` cannot be interpolated, or a device lacks that memory; `update` without
         `params`, with `params` that are unlike those that `init` saw or wider than the
         slow weights of the state, or if the function `inner_state` returns another
         tree, other shapes or other dtypes.
