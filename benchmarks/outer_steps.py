@@ -1,4 +1,4 @@
-"""Question: does an outer step with one worker help a language model of 10 M parameters?
+"""Question: does an outer step with one worker help a model of 10 M parameters?
 
 Published differences are 0.004 to 0.016 nats. A transformer (six layers, width 384,
 bfloat16 compute, float32 weights) learns to predict the next byte of the source code of
@@ -17,16 +17,17 @@ steps, of one in 30. Three rates of each are tried on 600 steps with seed 0, the
 runs 3,000 steps with its best one and with seeds 1 to 4, which have the same first
 weights and the same batches in all arms. A difference is a paired mean of at least 3.09
 of its standard errors; four seeds without one show it in 5.4 % of comparisons, of which
-there are ten. Steps saved are how many more the inner optimizer alone would need, by its
-loss after 600 and 3,000 steps. All of this is fixed before the first run.
+there are ten. Steps saved are how many more the inner optimizer alone would need, by
+its loss after 600 and 3,000 steps. All of this is fixed before the first run.
 
 Muon is for the layers' matrices; AdamW with 0.15 times its rate trains the rest there.
-The steps are one jitted scan of 150, which is called again and again, so that rate, seed
-and length are values and each arm is compiled once.
+The steps are one jitted scan of 150, which is called again and again, so that rate,
+seed and length are values and each arm is compiled once.
 
-Results are saved after every run. What fails is a row that says so, and so is what would
-start after 35 minutes, in all calls together. Seeds are run in turn, so the last of them
-are what is cut. A second call with the same file goes on, and tries what failed again:
+Results are saved after every run. What fails is a row that says so, and so is what
+would start after 35 minutes, in all calls together. Seeds are run in turn, so the last
+of them are what is cut. A second call with the same file goes on, and tries what failed
+again:
 
     python benchmarks/outer_steps.py --json outer_steps.json     # one GPU, 35 minutes
     python benchmarks/outer_steps.py --json outer_steps.json --this-call 9    # a part
@@ -44,7 +45,7 @@ import math
 import pathlib
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -70,8 +71,9 @@ from optax_lookahead import ema_nesterov, lookahead, outer_loop, slow_params
 
 K = 30
 VOCABULARY = 256
-Params = dict[str, jax.Array]
+Params = Any  # a dict of arrays
 Schedule = Callable[[Any], Any]
+Attention = Literal["xla", "cudnn"]
 
 
 class Size(NamedTuple):
@@ -226,7 +228,7 @@ def rotate(x: jax.Array) -> jax.Array:
 
 
 def loss_fn(
-    params: Params, windows: jax.Array, heads: int, attention: str
+    params: Params, windows: jax.Array, heads: int, attention: Attention
 ) -> jax.Array:
     """Returns the mean loss in nats of the next byte; `windows` is (batch, time)."""
     # An index of uint8 would be compared with a size of 256, which it cannot hold.
@@ -262,13 +264,13 @@ def windows_at(text: jax.Array, starts: jax.Array, context: int) -> jax.Array:
     return jax.vmap(window)(starts)
 
 
-def attention_here(size: Size) -> str:
+def attention_here(size: Size) -> Attention:
     """Returns cuDNN's attention if it works here, which saves the scores' traffic."""
-    if jax.default_backend() != "gpu":
+    if jax.default_backend() == "cpu":
         return "xla"
-    shape = (2, size.context, size.heads, size.width // size.heads)
+    shape = (size.batch, size.context, size.heads, size.width // size.heads)
 
-    def attend(x):
+    def attend(x: jax.Array) -> jax.Array:
         y = jax.nn.dot_product_attention(
             x, x, x, is_causal=True, implementation="cudnn"
         )
@@ -297,9 +299,8 @@ class Trainer:
     def __init__(self, text: Text, size: Size):
         self.size = size
         self.train_text = jnp.asarray(text.train)
-        starts = np.linspace(
-            0, len(text.held_out) - size.context - 1, size.windows, dtype=np.int32
-        )
+        last = len(text.held_out) - size.context - 1
+        starts = jnp.asarray(np.linspace(0, last, size.windows, dtype=np.int32))
         windows = windows_at(jnp.asarray(text.held_out), starts, size.context)
         self.held_out = windows.reshape(-1, size.batch, size.context + 1)
         self.loss_fn = functools.partial(
@@ -370,12 +371,13 @@ class Trainer:
             if not math.isfinite(curve[-1][1]):
                 curve.pop()
                 return {"status": DIVERGED, "curve": curve}
-        later = (time.perf_counter() - clock - first) / max(
-            steps - self.size.segment, 1
-        )
+        # Evaluations included; 0 in a run of one segment.
+        later = time.perf_counter() - clock - first
+        later /= max(steps - self.size.segment, self.size.segment)
         row = {"status": DONE, "curve": curve, "last": curve[-1][1]}
         tail = float(self.evaluate(run.average, self.held_out))
-        return row | {"tail": tail, "first_seconds": first, "step_seconds": later}
+        row["tail"] = tail if math.isfinite(tail) else None
+        return row | {"first_seconds": first, "step_seconds": later}
 
 
 def tail_average(average: Params, weights: Params, step: Any, steps: Any) -> Params:
@@ -476,7 +478,7 @@ def settings(text: Text, size: Size) -> Row:
 
 
 def parse_args() -> tuple[Parser, argparse.Namespace]:
-    parser = Parser(description=__doc__.partition("\n")[0])
+    parser = Parser(description="Does an outer step help? On one GPU")
     parser.add_argument("--quick", action="store_true", help="shrunk, also on a CPU")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="goes on")
     parser.add_argument("--from-json", type=pathlib.Path, metavar="FILE")
@@ -548,18 +550,12 @@ def run_all(parser: Parser, args: argparse.Namespace) -> Row:
         clock.compiling = max(clock.compiling, row.get("first_seconds", 0.0))
         clock.step = max(clock.step, row.get("step_seconds", 0.0))
         losses = [f"{row[name]:.4f}" for name in ("last", "tail") if row.get(name)]
-        print(
-            f"{clock.spent():5.0f} s: {arm}, rate {rate:g}, seed {seed}, {steps} steps: "
-            f"{row['status']} {', '.join(losses)}, {row['seconds']:.1f} s",
-            flush=True,
-        )
-        if row["status"] == DONE and steps > size.segment:
-            rate_of_flops = size.flops() / row["step_seconds"] / 1e12
-            print(
-                f"    {1e3 * row['step_seconds']:.1f} ms a step, evaluations included: "
-                f"{rate_of_flops:.2f} TFLOP/s",
-                flush=True,
-            )
+        line = f"{clock.spent():5.0f} s: {arm}, rate {rate:g}, seed {seed}, {steps} "
+        line += f"steps: {row['status']} {', '.join(losses)}"
+        if row.get("step_seconds"):
+            flops = size.flops() / row["step_seconds"] / 1e12
+            line += f"; {1e3 * row['step_seconds']:.2f} ms a step, {flops:.2f} TFLOP/s"
+        print(line, flush=True)
         return row
 
     carry_out(result["rows"], train, clock.may_start, save)

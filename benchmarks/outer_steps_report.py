@@ -200,11 +200,11 @@ def report(result: dict[str, Any]) -> str:
             "steps."
         )
     parts += [
-        f"Held-out losses in nats per byte. Rates, tried with one seed; * is chosen:\n\n"
-        f"{markdown(trials(rows))}",
-        f"With {seeds} new seeds, paired by seed: minus the inner optimizer alone, read "
-        "likewise; that one's\naverage, minus its last weights. A difference is one of "
-        f"{RESOLVED} standard errors:\n\n{markdown(verdicts(rows, arms))}",
+        "Held-out losses in nats per byte. Rates, tried with one seed; * is chosen:"
+        f"\n\n{markdown(trials(rows))}",
+        f"With {seeds} new seeds, paired by seed: minus the inner optimizer alone, "
+        "read likewise; of that one, its\naverage minus its last weights. A difference "
+        f"is one of {RESOLVED} standard errors:\n\n{markdown(verdicts(rows, arms))}",
     ]
     if missing := left_out(rows):
         parts.append("Without a result:\n" + "\n".join(missing))

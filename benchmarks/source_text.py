@@ -2,8 +2,9 @@
 
 Nothing is downloaded and nothing written. It takes the `*.py` files of the standard
 library and of the distributions whose metadata names a permissive licence and no other.
-What a package carries of others, in `_vendor` and the like, may have another licence and
-is left out; so are long files, which are mostly tables, and files that were there before.
+What a package carries of others, in `_vendor` and the like, may have another licence
+and is left out. So are long files, which are mostly tables, and files that are the same
+as an earlier one.
 """
 
 import hashlib
@@ -36,9 +37,9 @@ class Text(NamedTuple):
 
     def __str__(self):
         return (
-            f"{len(self.train):,} bytes of {len(self.train_packages)} packages to train "
-            f"on, {len(self.held_out):,} of {len(self.held_out_packages)} others held "
-            f"out,\nsha256 {self.sha256}"
+            f"{len(self.train):,} bytes of {len(self.train_packages)} packages to "
+            f"train on, {len(self.held_out):,} of {len(self.held_out_packages)} others "
+            f"held out,\nsha256 {self.sha256}"
         )
 
 
