@@ -1,9 +1,9 @@
 """Question: does an outer step with one worker help a model of 10 M parameters?
 
-Published differences are 0.004 to 0.016 nats. A transformer (six layers, width 384,
-bfloat16 compute, float32 weights) learns to predict the next byte of the source code of
-the packages that are installed here, 128 x 512 bytes a step, with a warm-up and then a
-linear decay to zero. In this order:
+Published differences are small: in MuLoCo 0.009 nats around AdamW, 0.006 around Muon.
+A transformer (four layers, width 448, bfloat16 compute, float32 weights) learns to
+predict the next byte of the source code of the packages that are installed here,
+128 x 512 bytes a step, with a warm-up and then a linear decay to zero. In this order:
 
     Muon                       alone
     Muon, Nesterov             `outer_loop`, k = 30, with eta = 0.7, mu = 0.6: MuLoCo
@@ -99,7 +99,7 @@ class Size(NamedTuple):
         return (6.0 * matrices + attention) * self.batch * self.context
 
 
-FULL = Size(6, 384, 6, 512, 128, 600, 3000, 4, 150, 2048, 100_000_000, 300_000_000)
+FULL = Size(4, 448, 7, 512, 128, 600, 3000, 4, 150, 2048, 100_000_000, 300_000_000)
 QUICK = Size(2, 32, 2, 32, 8, 60, 120, 2, 60, 64, 0, 1_000_000)
 
 

@@ -227,7 +227,9 @@ def draw(result: dict[str, Any], path: pathlib.Path) -> None:
                 statistics.fmean(value for _, value in points)
                 for points in zip(*runs, strict=True)
             ]
-            curves.plot(steps[1:], means[1:], color=colour, label=arm)
+            late = len(steps) // 4  # the first steps would hide the last
+            line = "-" if arms[arm] == arm else "--"
+            curves.plot(steps[late:], means[late:], line, color=colour, label=arm)
     curves.set_xlabel("step")
     curves.set_ylabel("held-out loss, nats per byte")
     curves.set_title("Weights to evaluate, mean over seeds")
