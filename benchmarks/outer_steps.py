@@ -71,6 +71,7 @@ from optax_lookahead import ema_nesterov, lookahead, outer_loop, slow_params
 
 K = 30
 VOCABULARY = 256
+COMPUTE = jnp.bfloat16
 Params = Any  # a dict of arrays
 Schedule = Callable[[Any], Any]
 Attention = Literal["xla", "cudnn"]
@@ -233,7 +234,7 @@ def loss_fn(
     """Returns the mean loss in nats of the next byte; `windows` is (batch, time)."""
     # An index of uint8 would be compared with a size of 256, which it cannot hold.
     tokens = windows.astype(jnp.int32)
-    narrow = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
+    narrow = jax.tree.map(lambda p: p.astype(COMPUTE), params)
 
     def layer(x, w):
         qkv = (norm(x) @ w["qkv"]).reshape(*x.shape[:2], 3 * heads, -1)
@@ -277,7 +278,7 @@ def attention_here(size: Size) -> Attention:
         return jnp.sum(y.astype(jnp.float32))
 
     try:
-        jax.block_until_ready(jax.jit(jax.grad(attend))(jnp.ones(shape, jnp.bfloat16)))
+        jax.block_until_ready(jax.jit(jax.grad(attend))(jnp.ones(shape, COMPUTE)))
     except Exception as error:  # there are many that say that it does not
         print(f"attention by XLA, since cuDNN's failed: {describe(error)}")
         return "xla"
