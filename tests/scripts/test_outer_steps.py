@@ -416,6 +416,16 @@ def test_the_loss_is_that_of_a_transformer_in_numpy(monkeypatch, dtype, error):
     assert loss_fn(params) == pytest.approx(expected, abs=error)
 
 
+def test_where_cudnn_fails_the_attention_is_that_of_xla(monkeypatch, capsys):
+    assert outer_steps.attention_here(QUICK) == "xla"
+    assert capsys.readouterr().out == ""
+    # As on a GPU whose cuDNN is missing or too old.
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert outer_steps.attention_here(QUICK) == "xla"
+    out = capsys.readouterr().out
+    assert out.startswith("attention by XLA, since cuDNN's failed: RuntimeError: ")
+
+
 def test_windows_are_stretches_of_the_text():
     text = jnp.arange(50, dtype=jnp.uint8)
     windows = outer_steps.windows_at(text, jnp.array([0, 7, 45]), 4)
@@ -514,6 +524,55 @@ def test_at_the_end_the_weights_to_evaluate_are_the_parameters(name):
     gaps = train(params)
     assert gaps.max() > 1e-4, "they differ before"
     assert gaps[-1] == 0
+
+
+@pytest.mark.slow
+def test_a_run_is_a_plain_loop_with_batches_that_follow_from_the_seed():
+    size, steps, seed = QUICK._replace(segment=K), 2 * K, 3
+    text = source_text.source_text(size.most_bytes)
+    train = np.asarray(text.train)
+    params = outer_steps.init_params(jax.random.key(seed), size)
+    inner = outer_steps.adamw(outer_steps.warm_up_and_decay(0.004, steps))
+    state, phi, momentum, at_syncs = inner.init(params), params, params, []
+
+    @jax.jit
+    def train_step(params, state, windows):
+        grads = jax.grad(outer_steps.loss_fn)(params, windows, size.heads, "xla")
+        updates, state = inner.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    batches = jax.random.fold_in(jax.random.key(seed), 1)
+    for t in range(steps):
+        key = jax.random.fold_in(batches, t)
+        starts = jax.random.randint(key, (size.batch,), 0, len(train) - size.context)
+        windows = np.stack([train[s : s + size.context + 1] for s in starts.tolist()])
+        params, state = train_step(params, state, jnp.asarray(windows))
+        if (t + 1) % K == 0:
+            pseudo_grad = add(phi, params, -1.0)
+            momentum = add(pseudo_grad, momentum, 0.6) if at_syncs else pseudo_grad
+            phi = params = add(phi, add(pseudo_grad, momentum, 0.6), -0.7)
+            at_syncs.append(phi)
+
+    every = (len(text.held_out) - size.context - 1) / (size.windows - 1)
+    starts = [int(i * every) for i in range(size.windows)]
+    held_out = np.stack([text.held_out[s : s + size.context + 1] for s in starts])
+    average = jax.tree.map(lambda a, b: (a + b) / 2, *at_syncs)
+    losses = [
+        float(outer_steps.loss_fn(weights, jnp.asarray(held_out), size.heads, "xla"))
+        for weights in (*at_syncs, average)
+    ]
+    trainer = outer_steps.Trainer(text, size)
+    row = trainer("AdamW, Nesterov", 0.004, seed, steps)
+    (_, first), (_, last) = row["curve"]
+    assert [first, last, row["tail"]] == pytest.approx(losses, abs=2e-3)
+    assert row["last"] == last
+    # The text is that of the packages here, so that the losses depend on them.
+    assert first - last > 0.01
+    assert abs(row["tail"] - last) > 0.005
+
+
+def add(a, b, share):
+    return jax.tree.map(lambda a, b: a + share * b, a, b)
 
 
 # What it is trained on.
@@ -619,7 +678,7 @@ def test_shrunk_it_trains_all_arms_and_claims_nothing(tmp_path):
     saved = json.loads(path.read_text())
     assert [row["status"] for row in saved["rows"]] == 30 * [DONE]
     for row in saved["rows"]:
-        assert row["last"] < math.log(256) - 0.5, "it learns"
+        assert row["last"] < math.log(256) - 0.3, "it learns"
         assert row["tail"] != row["last"]
         assert [step for step, _ in row["curve"]] == list(
             range(QUICK.segment, row["steps"] + 1, QUICK.segment)
