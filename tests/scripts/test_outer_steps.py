@@ -529,7 +529,10 @@ def test_at_the_end_the_weights_to_evaluate_are_the_parameters(name):
 @pytest.mark.slow
 def test_a_run_is_a_plain_loop_with_batches_that_follow_from_the_seed():
     size, steps, seed = QUICK._replace(segment=K), 2 * K, 3
-    letters = np.random.default_rng(0).geometric(0.2, size=30_000).clip(max=99)
+    rng = np.random.default_rng(0)
+    # In stretches that differ, so that it counts which of them are in a batch.
+    letters = 40 * rng.integers(6, size=300).repeat(100)
+    letters += rng.geometric(0.2, size=30_000).clip(max=40)
     train, held = np.split(letters.astype(np.uint8), [27_000])
     text = source_text.Text(train, held, ["a"], ["b"], "")
     params = outer_steps.init_params(jax.random.key(seed), size)
