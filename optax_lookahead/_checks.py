@@ -63,7 +63,7 @@ def check_coefficient(name: str, value: Any, interval: str, remedy: str) -> None
 
 
 def check_delay(delay: Any) -> None:
-    """Raises unless `delay` is a whole number of steps, which the program is made of."""
+    """Raises unless `delay` is a whole number of steps, and static."""
     value = _static_scalar("delay", delay)
     is_integer = isinstance(value, int) and not isinstance(value, bool)
     if is_integer and value >= 0:
