@@ -20,7 +20,7 @@ from ._checks import (
 )
 from ._slow_step import hide_discrete, init_outer
 from ._slow_weights import is_intact
-from ._state import copy, is_finite, is_inexact
+from ._state import common_dtype, copy, is_finite, is_inexact
 
 
 class DelayedOuterState(NamedTuple):
@@ -170,10 +170,11 @@ def delayed_outer_loop(
         (params, state), more = jax.lax.scan(body, carry, during)
         metrics = jax.tree.map(lambda *x: jnp.concatenate(x), metrics, more)
 
-        weight = replicas / jnp.maximum(healthy, 1)
-
         def pseudo_gradient(phi: Any, total: Any) -> Any:
-            g = phi - total * jnp.asarray(weight, jnp.finfo(total.dtype).dtype)
+            dtype = common_dtype(total, jnp.float32)
+            weight = replicas / jnp.maximum(healthy, 1).astype(dtype)
+            mean = jnp.asarray(jnp.asarray(total, dtype) * weight, total.dtype)
+            g = phi - mean
             return jnp.where((healthy > 0) & is_finite(g), g, 0)
 
         slow = hide_discrete(phi)
