@@ -48,7 +48,10 @@ def delayed_outer_loop(
     *,
     delay: int,
     mix: jax.typing.ArrayLike,
-) -> tuple[Callable[[Any], DelayedOuterState], Callable[..., Any]]:
+) -> tuple[
+    Callable[[Any], DelayedOuterState],
+    Callable[..., tuple[Any, Any, DelayedOuterState, Any]],
+]:
     """A cycle of many workers in which communication overlaps with computation.
 
     Where `outer_loop` with `average_replicas` stops at a sync until the mean has come,
@@ -85,7 +88,7 @@ def delayed_outer_loop(
         leaves of the parameters, the others as `optax.MaskedNode`; those are each
         replica's own.
       axis_name: Name of the mapped axis of the replicas, or several names: of
-        `jax.shard_map`, `jax.vmap` or `jax.pmap`.
+        `jax.shard_map` or `jax.vmap`.
       delay: Inner steps in which the mean travels, an integer in [0, k]: tau in
         Streaming DiLoCo, `fragment_sync_delay` in torchft.
       mix: Weight of the local weights in [0, 1], without unit: alpha in Streaming
@@ -147,7 +150,7 @@ def delayed_outer_loop(
         return DelayedOuterState(slow_params, init_outer(outer, slow_params))
 
     def body(carry: Any, batch: Any) -> tuple[Any, Any]:
-        params, state, metrics = train_step(*carry, batch)
+        params, state, metrics = train_step(carry[0], carry[1], batch)
         return (params, state), metrics
 
     def cycle(

@@ -15,6 +15,7 @@ import reference
 import transformer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from meshes import make_mesh
+from pages import run_block
 from rows import slow_but
 from trees import assert_close, bits, shapes_and_dtypes
 
@@ -77,18 +78,18 @@ def muon_by_hand():
 BY_HAND = {"adam": adam_by_hand(), "muon": muon_by_hand()}
 
 
-def by_hand(inner_step, start, batches, delay, mix):
+def by_hand(inner_step, start, batches, delay, mix, k=K):
     """Returns fast weights, slow weights and losses after each cycle of all workers."""
     outer = reference.snoo(0.7, 0.9)
     theta, states = [start] * R, [None] * R
     phi, memories = start, {name: {} for name in start}
     visited = []
     for cycle in batches:
-        losses, sent = np.zeros((R, K)), None
-        for i in range(K + 1):
-            if i == K - delay:
+        losses, sent = np.zeros((R, k)), None
+        for i in range(k + 1):
+            if i == k - delay:
                 sent = theta.copy()
-            if i == K:
+            if i == k:
                 break
             for r in range(R):
                 result = inner_step(theta[r], states[r], cycle[r, i])
@@ -633,3 +634,35 @@ def test_an_outer_optimizer_that_returns_another_tree():
     message = "`outer` must return updates with the tree that it is given"
     with pytest.raises(ValueError, match=re.escape(message)):
         by_vmap(cycle)(jnp.zeros(1), (), init(jnp.zeros([])), jnp.zeros((1, 3)))
+
+
+def test_the_programs_on_the_page_train_and_are_the_loop_over_workers():
+    page = run_block("many-workers-delayed")
+    start = jax.tree.map(np.asarray, page["slow"])
+    one = jax.jit(page["train_step"])
+
+    def inner_step(theta, state, batch):
+        theta, state, loss = one(theta, state or page["inner"].init(theta), batch)
+        return jax.tree.map(np.asarray, theta), state, loss
+
+    drawn = [Stack(page["batches"](number)) for number in range(15)]
+    *_, (workers, phi, losses) = by_hand(inner_step, start, drawn, 4, 0.5, page["K"])
+    assert losses.mean() < 0.5 * np.mean(np.sin(drawn[0].batches[0][..., :1]) ** 2)
+    assert_close(page["evaluate_and_save"], phi, 1e-3)
+    for r, worker in enumerate(workers):
+        own = jax.tree.map(lambda x, r=r: x[r], page["params"])
+        assert_close(own, worker, 1e-3)
+    carry = page["params"], page["state"], page["outer_state"], page["batches"](15)
+    expected = jax.jit(page["cycle_of_all"])(*carry)
+    page = run_block("many-workers-delayed-shard-map", page)
+    assert_close(jax.jit(page["cycle_of_all"])(*carry), expected, 1e-5)
+
+
+class Stack:
+    """Batches of a cycle, indexed by replica and step."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __getitem__(self, place):
+        return jax.tree.map(lambda x: x[place], self.batches)
