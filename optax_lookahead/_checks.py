@@ -218,6 +218,19 @@ def check_same_tree(params: Any, slow_params: Any) -> None:
         raise _mismatch(str(got), str(expected))
 
 
+def check_same_dtypes(params: Any, slow_params: Any) -> None:
+    """Raises unless the parameters have the dtypes of their slow copy, of one tree."""
+    slow = jax.tree.leaves(slow_params)
+    for (path, p), phi in zip(jax.tree.leaves_with_path(params), slow, strict=True):
+        got, expected = jnp.result_type(p), jnp.result_type(phi)
+        if got != expected:
+            raise ValueError(
+                f"`params` must have the dtypes that `init` saw, got {got} at "
+                f"{describe_path(path)}, where the state has {expected}. Keep the "
+                "dtypes of the parameters, or start a new state with `init`."
+            )
+
+
 def check_leaf(path: Any, params: dict[Any, Any], phi: Any) -> Any:
     """Returns the parameter at `path`, and raises unless it has the shape of `phi`."""
     if path in params and jnp.shape(params[path]) == jnp.shape(phi):

@@ -15,6 +15,7 @@ from ._checks import (
     check_init,
     check_mix,
     check_result,
+    check_same_dtypes,
     check_same_tree,
     check_transformation,
 )
@@ -136,7 +137,7 @@ def delayed_outer_loop(
 
     References:
       Douillard et al., [Streaming DiLoCo with overlapping
-      communication](https://arxiv.org/abs/2501.18512), 2025, section 2.3. torchft,
+      communication](https://arxiv.org/abs/2501.18512), 2025, Algorithm 2. torchft,
       [`local_sgd.py`](https://github.com/meta-pytorch/torchft).
     """
     check_transformation("outer", outer, "optax.sgd(0.7, momentum=0.9, nesterov=True)")
@@ -160,6 +161,7 @@ def delayed_outer_loop(
         start = check_batches(batches, delay) - delay
         phi, opt_state = outer_state
         check_same_tree(params, phi)
+        check_same_dtypes(params, phi)
 
         before = jax.tree.map(lambda x: x[:start], batches)
         carry, metrics = jax.lax.scan(body, (params, state), before)

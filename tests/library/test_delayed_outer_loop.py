@@ -382,6 +382,9 @@ def test_entries_that_are_infinite_by_design_break_no_replica(x64, mix):
     for tree in (params, outer_state.slow_params):
         assert np.isfinite(np.delete(tree["w"], [1, 2], -1)).all()
         assert np.isfinite(tree["b"]).all()
+    _, without_decay = run(*counted(mix=mix), start, steps())
+    for x in jax.tree.leaves(without_decay.outer_state):
+        assert np.isfinite(x).all(), "of a norm over all, one NaN would be enough"
     # As they move without the mask.
     free = {"w": np.where(np.isfinite(mask), mask, 0.0), "b": np.array(2.0)}
     others, _ = run(*counted(decay, mix=mix), free, steps())
@@ -617,6 +620,13 @@ def test_parameters_that_init_did_not_see():
     message = "`params` must have the tree and the shapes that `init` saw, got no leaf"
     with pytest.raises(ValueError, match=re.escape(message)):
         by_vmap(cycle)({"v": jnp.zeros(1)}, (), init({"w": 0.0}), jnp.zeros((1, 3)))
+    message = (
+        "`params` must have the dtypes that `init` saw, got bfloat16 at ['w'], where "
+        "the state has float32."
+    )
+    params = {"w": jnp.zeros(1, "bfloat16")}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        by_vmap(cycle)(params, (), init({"w": jnp.zeros([])}), jnp.zeros((1, 3)))
     with pytest.raises(TypeError, match="`params` must be a tree of arrays, got 'w'"):
         init("w")
 
