@@ -153,7 +153,7 @@ ENTRY %main (x: (s32[], f32[8]), y: f32[8]) -> f32[8] {
 
 def test_what_is_sent_is_counted_by_the_side_of_the_loop_on_which_it_stands():
     around_loop = delayed.around_loop
-    counted = dict.fromkeys(("starts", "dones"), 3)
+    counted = dict.fromkeys(("starts", "dones"), 3) | {"bytes": 2 * 32, "loops": 2}
     assert around_loop(SENDS, 4) == counted | {"before the loop": 2, "after it": 2}
     assert around_loop(SENDS, 6) == counted | {"before the loop": 0, "after it": 3}
     assert around_loop(SENDS, 5) == counted | {"before the loop": 0, "after it": 0}
