@@ -2,9 +2,10 @@
 
 A causal transformer learns, byte by byte, the English text that ships with Python: the
 help topics of `pydoc`, the last tenth of which is held out. The same `nnx.Optimizer`
-loop runs AdamW alone and inside `lookahead`, with equal steps and the same grid of
-learning rates for both, over several seeds. It prints the held-out losses of the fast
-and of the slow weights, lets the slow weights write a text, and draws the losses.
+loop runs AdamW alone, AdamW with a moving average (EMA) of its weights, which is the
+control, and AdamW inside `lookahead`, with equal steps and the same grid of learning
+rates for all, over several seeds. It prints the held-out losses of the fast and of the
+slow or averaged weights, lets the slow weights write a text, and draws the losses.
 
     python examples/nnx_language_model.py
     python examples/nnx_language_model.py --decay
@@ -23,13 +24,13 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import optax
-from command_line import BLUE, GREEN, ORANGE, Parser
+from command_line import BLUE, GREEN, ORANGE, PURPLE, Parser
 from flax import nnx
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 from tqdm import tqdm
 
-from optax_lookahead import lookahead, slow_params
+from optax_lookahead import lookahead, primal_averaging, slow_params
 
 EVALUATIONS = 8  # in a run
 HEADS = 4
@@ -46,12 +47,12 @@ class Text(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What one run measured, of the fast and, in lookahead, of the slow weights."""
+    """What one run measured, of the fast and of the slow or averaged weights."""
 
     updates: np.ndarray  # after which the losses were taken, [n]
     losses: np.ndarray  # held out, [n, 1 or 2]
     final: float  # held-out loss of `model`
-    model: nnx.Module  # after the last update, in lookahead with the slow weights
+    model: nnx.Module  # after the last update, with the weights to evaluate
 
 
 def load_text() -> Text:
@@ -125,8 +126,16 @@ def next_byte(model, tokens, last, key):
     return jax.random.categorical(key, logits / TEMPERATURE)
 
 
+def with_ema(inner, decay):
+    """Trains as `inner` does; `slow_params` returns the moving average of the weights.
+
+    With `mu_y=0` the gradient is taken at the weights, not at their average.
+    """
+    return optax.chain(inner, primal_averaging(mu_x=decay, mu_y=0.0))
+
+
 def with_slow_weights(model, optimizer):
-    """Returns a copy of the model that holds the slow weights."""
+    """Returns a copy of the model that holds the slow, or the averaged, weights."""
     slow = slow_params(optimizer.opt_state, nnx.state(model, nnx.Param))
     copy = nnx.clone(model)
     nnx.update(copy, slow)
@@ -183,6 +192,7 @@ def train_all(text: Text, args: argparse.Namespace) -> dict[tuple[str, float], l
     """Returns the runs over seeds by wrapper and learning rate."""
     wrappers = {
         "alone": (lambda inner: inner, fast_model),
+        "EMA": (functools.partial(with_ema, decay=args.ema), fast_and_slow_model),
         "lookahead": (
             functools.partial(lookahead, k=args.k, alpha=args.alpha),
             fast_and_slow_model,
@@ -223,19 +233,19 @@ def print_table(runs, args: argparse.Namespace) -> None:
     print(
         f"\n{args.steps} updates of {args.batch} x {args.context} bytes, warm-up of "
         f"{warm_up_updates(args)}, then {schedule}; k = {args.k}, alpha = "
-        f"{args.alpha:g}.\nHeld-out loss in nats per byte: mean ± standard deviation "
-        f"over {args.seeds} seeds.\n"
-        f"Grid of learning rates, the same for both: {grid(args)}.\n"
+        f"{args.alpha:g}; EMA of decay {args.ema:g}.\nHeld-out loss in nats per byte: "
+        f"mean ± standard deviation over {args.seeds} seeds.\n"
+        f"Grid of learning rates, the same for all: {grid(args)}.\n"
         "Before a sync: one update before the last one, where the fast weights have "
-        "gone furthest.\nAt the end: after the last update, in lookahead the slow "
-        "weights; * marks the best.\n"
+        "gone furthest.\nAt the end: after the last update, the slow weights or the "
+        "EMA where there are such;\n* marks the best.\n"
     )
     row = "{:<11}{:<15}{:>21}{:>21}{:>18}"
     fast, slow = "fast, before a sync", "slow, before a sync"
     print(row.format("wrapper", "learning rate", fast, slow, "at the end  ").rstrip())
     for (wrapper, rate), group in runs.items():
         cells = [cell(values) for values in np.transpose([r.losses[-1] for r in group])]
-        none = [] if wrapper == "lookahead" else ["-  "]
+        none = ["-  "] if wrapper == "alone" else []
         mark = " *" if rate == best[wrapper] else ""
         final = cell(final_losses(group), mark)
         print(row.format(wrapper, f"{rate:g}", *cells, *none, final).rstrip())
@@ -247,12 +257,15 @@ def grid(args: argparse.Namespace) -> str:
 
 
 def print_verdict(runs, best: dict[str, float], args: argparse.Namespace) -> None:
-    alone, wrapped = (final_losses(runs[item]) for item in best.items())
-    difference = wrapped - alone  # paired: a seed has the same start and batches
-    print(
-        "\nEach at its best rate, lookahead minus alone, seed by seed: "
-        f"{difference.mean():+.3f} ± {difference.std():.3f}"
-    )
+    finals = {wrapper: final_losses(runs[wrapper, best[wrapper]]) for wrapper in best}
+    print("\nEach at its best rate:")
+    for other in ("alone", "EMA"):
+        # Paired: a seed has the same start and batches.
+        pairs = finals["lookahead"] - finals[other]
+        print(
+            f"lookahead minus {other}, seed by seed: "
+            f"{pairs.mean():+.3f} ± {pairs.std():.3f}"
+        )
     for wrapper, rate in best.items():
         if rate in (args.rates[0], args.rates[-1]):
             print(f"The best rate of {wrapper} is at an edge of the grid: try --rates.")
@@ -281,18 +294,20 @@ def draw(runs, args: argparse.Namespace) -> None:
     schedule = "cosine decay" if args.decay else "constant rate"
     figure.suptitle(
         f"Byte-level transformer on Python's help, {schedule} after warm-up, "
-        f"k = {args.k}, alpha = {args.alpha:g}, {args.seeds} seeds (mean ± std)"
+        f"k = {args.k}, alpha = {args.alpha:g}, EMA of decay {args.ema:g},\n"
+        f"{args.seeds} seeds (mean ± std)"
     )
     figure.savefig(args.out, dpi=110)
 
 
 def draw_curves(axes, runs, args: argparse.Namespace) -> None:
-    alone, wrapped = (best_rate(runs, name, args) for name in ("alone", "lookahead"))
-    for (wrapper, rate), column, colour, style, label in (
-        (("alone", alone), 0, ORANGE, "s-", "alone"),
-        (("lookahead", wrapped), 0, BLUE, "^--", "lookahead, fast"),
-        (("lookahead", wrapped), 1, GREEN, "o-", "lookahead, slow"),
+    for wrapper, column, colour, style, label in (
+        ("alone", 0, ORANGE, "s-", "alone"),
+        ("EMA", 1, PURPLE, "D-.", "EMA"),
+        ("lookahead", 0, BLUE, "^--", "lookahead, fast"),
+        ("lookahead", 1, GREEN, "o-", "lookahead, slow"),
     ):
+        rate = best_rate(runs, wrapper, args)
         group = runs[wrapper, rate]
         losses = np.array([run.losses[:, column] for run in group])
         mean, std, updates = losses.mean(0), losses.std(0), group[0].updates
@@ -309,6 +324,7 @@ def draw_curves(axes, runs, args: argparse.Namespace) -> None:
 def draw_rates(axes, runs, args: argparse.Namespace) -> None:
     for wrapper, colour, style, label in (
         ("alone", ORANGE, "s-", "alone"),
+        ("EMA", PURPLE, "D-.", "EMA"),
         ("lookahead", GREEN, "o-", "lookahead, slow"),
     ):
         losses = np.array([final_losses(runs[wrapper, rate]) for rate in args.rates])
@@ -337,11 +353,14 @@ def parse_args(argv: list[str], text: Text) -> argparse.Namespace:
     parser.add_argument("--k", type=int, default=5, help="updates in a cycle")
     parser.add_argument("--alpha", type=float, default=0.5, help="slow step size")
     parser.add_argument(
+        "--ema", type=float, default=0.98, help="decay of the average, the control"
+    )
+    parser.add_argument(
         "--rates",
         type=float,
         nargs="+",
         default=[0.0025, 0.005, 0.01, 0.02],
-        help="learning rates to try, with and without lookahead",
+        help="learning rates to try, the same for all",
     )
     parser.add_argument(
         "--decay", action="store_true", help="cosine decay after the warm-up"
@@ -359,6 +378,8 @@ def parse_args(argv: list[str], text: Text) -> argparse.Namespace:
         lookahead(optax.identity(), args.k, args.alpha)
     except ValueError as error:
         parser.error(str(error))
+    if not 0 <= args.ema < 1:
+        parser.error(f"--ema must be in [0, 1), got {args.ema:g}.")
     if args.steps < args.k:
         parser.error(f"--steps must be at least k = {args.k}, got {args.steps}.")
     if args.context >= len(text.held_out):

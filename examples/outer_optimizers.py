@@ -1,24 +1,29 @@
-"""Train the language model with AdamW, lookahead, and Nesterov outer steps.
+"""Train the language model with AdamW, an EMA, lookahead, and Nesterov outer steps.
 
 The model and the text are those of `nnx_language_model.py`, which must stand beside
-this file. Each method gets the same number of runs: two published settings of its own,
-the same learning rates of AdamW in both, the same seeds. A seed has the same first
-weights and the same batches in all of them.
+this file. Each method gets the same number of runs: two settings of its own, the same
+learning rates of AdamW in both, the same seeds. A seed has the same first weights and
+the same batches in all of them.
 
     AdamW      b2 = 0.999, Optax's default, or 0.95, usual for language models
+    EMA        AdamW's default, evaluated at a moving average of its weights, of decay
+               0.9 or 0.98 a step: the control, one more copy as in lookahead
     lookahead  k = 5, alpha = 0.5 or 0.8, around AdamW's default: the Lookahead paper
     Nesterov   `outer_loop` around AdamW's default with `optax.sgd(eta, momentum=mu,
                nesterov=True)`: SNOO in modded-nanogpt (k = 28, eta = 0.68, mu = 0.37)
                and one-worker DiLoCo as in MuLoCo (k = 30, eta = 0.7, mu = 0.8)
 
-AdamW's rate is warmed up and then decays to zero along a cosine. It prints the held-out
-losses, of the slow weights where there are such, and draws them.
+AdamW's rate is warmed up and then decays to zero along a cosine, or with `--constant`
+stays. It prints the held-out losses, of the slow or averaged weights where there are
+such, and draws them.
 
-At this scale lookahead helps a little (0.046 nats per byte). The Nesterov outer steps,
-whose settings come from far larger models and longer runs, do not: the first is a tie
-with AdamW, the second is worse.
+At this scale an EMA of the weights at a constant rate is the best of all. With cosine
+decay it does nothing and lookahead helps a little (0.046 nats per byte). The Nesterov
+outer steps, whose settings come from far larger models and longer runs, are a tie with
+AdamW there, or worse.
 
     python examples/outer_optimizers.py
+    python examples/outer_optimizers.py --constant
     python examples/outer_optimizers.py --steps 2520 --batch 16 --rates 0.003 0.01
 """
 
@@ -35,7 +40,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import optax
-from command_line import BLUE, GREEN, ORANGE, Parser, describe
+from command_line import BLUE, GREEN, ORANGE, PURPLE, Parser, describe
 from flax import nnx
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
@@ -49,6 +54,7 @@ from nnx_language_model import (
     train_step,
     warm_up_updates,
     windows,
+    with_ema,
     with_slow_weights,
 )
 from tqdm import tqdm
@@ -79,6 +85,13 @@ METHODS = {
         ORANGE,
         "s",
     ),
+    "EMA": Method(
+        lambda adamw, decay: with_ema(adamw(), decay),
+        with_slow_weights,
+        [{"decay": 0.9}, {"decay": 0.98}],
+        PURPLE,
+        "D",
+    ),
     "lookahead": Method(
         lambda adamw, k, alpha: lookahead(adamw(), k, alpha),
         with_slow_weights,
@@ -101,8 +114,11 @@ def make_run(method: Method, graphdef: nnx.GraphDef, args: argparse.Namespace):
 
     So the method is compiled once, for all its settings, rates and seeds.
     """
-    shape = optax.warmup_cosine_decay_schedule(
-        0.0, 1.0, warm_up_updates(args), args.steps
+    warm_up = warm_up_updates(args)
+    shape = (
+        optax.warmup_constant_schedule(0.0, 1.0, warm_up)
+        if args.constant
+        else optax.warmup_cosine_decay_schedule(0.0, 1.0, warm_up, args.steps)
     )
 
     @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
@@ -178,10 +194,14 @@ def best_of(losses: np.ndarray) -> tuple[int, int]:
     return int(setting), int(rate)
 
 
+def schedule(args: argparse.Namespace) -> str:
+    return "a constant rate" if args.constant else "cosine decay to zero"
+
+
 def print_table(losses: dict[str, np.ndarray], args: argparse.Namespace) -> None:
     print(
         f"\n{args.steps} updates of {args.batch} x {args.context} bytes, warm-up of "
-        f"{warm_up_updates(args)}, then cosine decay to zero.\nHeld-out loss in nats "
+        f"{warm_up_updates(args)}, then {schedule(args)}.\nHeld-out loss in nats "
         "per byte after the last update, by AdamW's learning rate:\nmean ± standard "
         f"deviation over {args.seeds} seeds; * marks the best of a method.\n"
     )
@@ -195,14 +215,15 @@ def print_table(losses: dict[str, np.ndarray], args: argparse.Namespace) -> None
                 mark = "*" if best == (i, j) else " "
                 row += f"  {final.mean():.3f} ± {final.std():.3f}{mark:>2}"
             print(row.rstrip())
-    print("\nEach at its best, minus AdamW at its best, seed by seed:")
-    alone = losses["AdamW"][best_of(losses["AdamW"])][:, -1]
-    for name in METHODS:
-        if name != "AdamW":
-            # Paired: a seed has the same first weights and the same batches.
-            pairs = losses[name][best_of(losses[name])][:, -1] - alone
-            each = ", ".join(f"{pair:+.3f}" for pair in pairs)
-            print(f"{name:<11}{pairs.mean():+.3f} ± {pairs.std():.3f}  ({each})")
+    for other in ("AdamW", "EMA"):
+        print(f"\nEach at its best, minus {other} at its best, seed by seed:")
+        baseline = losses[other][best_of(losses[other])][:, -1]
+        for name in METHODS:
+            if name != other:
+                # Paired: a seed has the same first weights and the same batches.
+                pairs = losses[name][best_of(losses[name])][:, -1] - baseline
+                each = ", ".join(f"{pair:+.3f}" for pair in pairs)
+                print(f"{name:<11}{pairs.mean():+.3f} ± {pairs.std():.3f}  ({each})")
     for name in METHODS:
         if best_of(losses[name])[1] in (0, len(args.rates) - 1):
             print(f"The best rate of {name} is at an edge of the grid: try --rates.")
@@ -215,14 +236,16 @@ def draw(losses: dict[str, np.ndarray], args: argparse.Namespace) -> None:
     draw_rates(rates, losses, args)
     figure.suptitle(
         "Byte-level transformer on Python's help, "
-        f"{args.steps} updates, {args.seeds} seeds (mean ± std)"
+        f"{args.steps} updates, {schedule(args)}, {args.seeds} seeds (mean ± std)"
     )
     figure.savefig(args.out, dpi=110)
 
 
 def draw_curves(axes, losses, args: argparse.Namespace) -> None:
     updates = np.arange(EVERY, args.steps + 1, EVERY)
-    for (name, method), line in zip(METHODS.items(), ("-", "--", ":"), strict=True):
+    for (name, method), line in zip(
+        METHODS.items(), ("-", "-.", "--", ":"), strict=True
+    ):
         setting, rate = best_of(losses[name])
         group = losses[name][setting, rate]
         mean, std = group.mean(axis=0), group.std(axis=0)
@@ -233,7 +256,7 @@ def draw_curves(axes, losses, args: argparse.Namespace) -> None:
         axes.fill_between(
             updates, mean - std, mean + std, color=method.colour, alpha=0.2, linewidth=0
         )
-    axes.set_title("Each at its best, slow weights where there are such")
+    axes.set_title("Each at its best, slow or averaged weights")
     axes.set_xlabel("update")
     axes.set_ylabel("held-out loss, nats per byte")
     axes.legend()
@@ -279,6 +302,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         nargs="+",
         default=[0.002, 0.005, 0.012, 0.03],
         help="learning rates of AdamW to try, in all methods",
+    )
+    parser.add_argument(
+        "--constant", action="store_true", help="no decay after the warm-up"
     )
     parser.add_argument("--width", type=int, default=64, help="of the transformer")
     parser.add_argument("--depth", type=int, default=2, help="transformer blocks")

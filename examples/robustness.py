@@ -8,7 +8,7 @@ prints its tables and draws a picture. The files `many_runs.py`, `tuned_curves.p
     python examples/robustness.py learning-rates   # figure 8
     python examples/robustness.py k-alpha          # figure 9 and table 5
     python examples/robustness.py cycles           # figure 10
-    python examples/robustness.py inner-state      # keep, reset or interpolate
+    python examples/robustness.py inner-state      # keep, reset or interpolate, or EMA
     python examples/robustness.py curves           # figure 5 and table 1
 
 Where nothing else is said, the inner optimizer is SGD with momentum 0.9 at a constant
@@ -21,6 +21,7 @@ import pathlib
 import sys
 
 import numpy as np
+import optax
 import robustness_pictures as pictures
 from command_line import Parser
 from many_runs import (
@@ -41,7 +42,7 @@ from many_runs import (
 )
 from tuned_curves import ADAM_RATES, SGD_RATES, adam, curves, sgd
 
-from optax_lookahead import lookahead
+from optax_lookahead import lookahead, primal_averaging
 
 K, ALPHA = 5, 0.5
 TRAINED = {"digits": 95.0, "breast_cancer": 92.0}  # % of the test part, or more
@@ -262,16 +263,23 @@ INNERS = {
     "Adam": (adam, ADAM_RATES),
 }
 POLICIES = "keep", "reset", "interpolate"
+DECAY = 0.98  # of the moving average of the weights, which is the control
 
 
 def wrapped(inner, policy: str):
     return lambda rate: lookahead(inner(rate), K, ALPHA, inner_state=policy)
 
 
+def averaged(inner):
+    # At `mu_y=0` the inner optimizer trains as alone.
+    return lambda rate: optax.chain(inner(rate), primal_averaging(DECAY, mu_y=0.0))
+
+
 def inner_state(args: argparse.Namespace, data) -> pictures.Figure:
     methods = {}
     for name, (inner, rates) in INNERS.items():
         methods[name, "alone"] = Method(inner, {"rate": rates})
+        methods[name, "EMA"] = Method(averaged(inner), {"rate": rates}, slow_weights)
         for policy in POLICIES:
             methods[name, policy] = Method(
                 wrapped(inner, policy), {"rate": rates}, slow_weights

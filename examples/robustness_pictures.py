@@ -4,7 +4,7 @@ import io
 import pathlib
 
 import numpy as np
-from command_line import BLUE, GREEN, ORANGE
+from command_line import BLUE, GREEN, ORANGE, PURPLE
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
@@ -17,6 +17,8 @@ STYLES = (
     (GREEN, "-.", "^"),
     (BLUE, "-", "o"),
 )
+DIVERGED = 10.0  # a loss; slow weights stay finite where the fast ones do not
+EMA_STYLE = (PURPLE, "--", "v")
 LOSS, ACCURACY = "training loss", "test accuracy, %"
 
 
@@ -154,13 +156,16 @@ def draw_policies(results, rates) -> Figure:
             groups = {
                 policy: m.loss for (other, policy), m in ends.items() if other == inner
             }
-            for (policy, loss), style in zip(groups.items(), STYLES, strict=True):
+            alone, *policies = STYLES
+            styles = alone, EMA_STYLE, *policies
+            for (policy, loss), style in zip(groups.items(), styles, strict=True):
                 colour, line, marker = style
                 middle = np.median(loss, axis=-1)
-                label = f"in lookahead, {policy}" if policy != "alone" else policy
+                in_lookahead = policy not in ("alone", "EMA")
+                label = f"in lookahead, {policy}" if in_lookahead else policy
                 axes.plot(
                     rates[inner],
-                    np.where(np.isfinite(middle), np.maximum(middle, 1e-6), np.nan),
+                    np.where(middle < DIVERGED, np.maximum(middle, 1e-6), np.nan),
                     color=colour,
                     linestyle=line,
                     marker=marker,
@@ -173,10 +178,11 @@ def draw_policies(results, rates) -> Figure:
             axes.set_xlabel(f"learning rate of {inner}")
             axes.set_ylabel(LOSS)
     figure.legend(
-        *rows[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4
+        *rows[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5
     )
     figure.suptitle(
-        "Median over seeds, at least 1e-6. No mark where half of them diverged"
+        "Median over seeds, at least 1e-6. "
+        f"No mark where half of them are not below {DIVERGED:g}"
     )
     return figure
 

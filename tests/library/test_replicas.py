@@ -7,6 +7,7 @@ its parameters have 0, 1, 2 and 3 axes.
 import contextlib
 import functools
 import pickle
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -704,38 +705,31 @@ def test_another_number_of_replicas_goes_on_from_one():
         assert state.sync_count == cycle
 
 
-def outer_state_after(outer, steps):
-    """Returns what the outer optimizer holds, in a loop of gradient descent."""
-    tx = outer_loop(optax.sgd(0.1), outer, k=1)
-    params = jnp.zeros(2)
-    state = tx.init(params)
-    for _ in range(steps):
-        updates, state = tx.update(params - TARGET, state, params)
-        params = optax.apply_updates(params, updates)
-    return state.outer_state
-
-
-TARGET = np.array([1.0, -2.0])
-
-
-def test_gpa_is_its_recurrence(x64):
-    x, z = np.zeros(2), np.zeros(2)
-    for _ in range(20):
-        y = 0.7 * x + 0.3 * z
-        z = z - 0.1 * (y - TARGET)
-        x = 0.9 * x + 0.1 * z
-    gpa = run_block("many-workers-gpa")["gpa"]
-    evaluate_at, _ = outer_state_after(gpa(0.9, 0.7), 20)
-    np.testing.assert_allclose(evaluate_at, x, rtol=1e-12)
-
-
-def test_ema_nesterov_is_its_recurrence(x64):
-    theta, m = np.zeros(2), np.zeros(2)
-    for _ in range(20):
-        ahead = theta + 0.5 * m
-        new = ahead - 0.1 * (ahead - TARGET)
-        m = 0.9 * m + 0.1 * (new - theta)
-        theta = new
-    ema_nesterov = run_block("many-workers-ema-nesterov")["ema_nesterov"]
-    evaluate_at, _ = outer_state_after(ema_nesterov(0.5, 0.9), 20)
-    np.testing.assert_allclose(evaluate_at, theta, rtol=1e-12)
+def test_the_recorded_spread_is_the_distance_of_workers_from_their_mean(capsys):
+    page = run_block("many-workers-spread")
+    replicas, k = page["REPLICAS"], page["K"]
+    # The slow weights take the page's outer step, the workers their inner steps alone.
+    inner, gradient = optax.adamw(3e-3), jax.jit(jax.grad(page["loss_fn"]))
+    slow = jax.tree.map(lambda x: x[0], page["init"](page["key"])[0])
+    trace, states, expected = 0.0, [inner.init(slow)] * replicas, []
+    slow, unravel = jax.flatten_util.ravel_pytree(slow)
+    step_inner = jax.jit(inner.update)
+    for cycle in range(4):
+        workers = [unravel(slow)] * replicas
+        for step in range(cycle * k + 1, (cycle + 1) * k + 1):
+            x, y = page["batch"](step)
+            for r in range(replicas):
+                grads = gradient(workers[r], (x[r], y[r]))
+                updates, states[r] = step_inner(grads, states[r], workers[r])
+                workers[r] = optax.apply_updates(workers[r], updates)
+        fast = np.stack([jax.flatten_util.ravel_pytree(w)[0] for w in workers])
+        mean = fast.mean(axis=0)
+        norms = np.linalg.norm(fast - mean, axis=1)
+        expected.append(np.sqrt(np.mean(norms**2)))
+        trace = (slow - mean) + 0.9 * trace
+        slow = slow - 0.7 * ((slow - mean) + 0.9 * trace)
+    np.testing.assert_allclose(page["state"].outer_state[0], norms, rtol=1e-3)
+    np.testing.assert_allclose(page["spreads"], expected, rtol=1e-3)
+    printed = re.findall(r"step (\d+): ([\d.]+) from the mean", capsys.readouterr().out)
+    assert [int(step) for step, _ in printed] == [k, 2 * k, 3 * k, 4 * k]
+    np.testing.assert_allclose([float(x) for _, x in printed], expected, atol=6e-5)

@@ -15,18 +15,31 @@ def test_digits_prints_a_row_per_setting_and_draws_a_picture(tmp_path):
     picture = tmp_path / "digits.png"
     result = run(
         EXAMPLES / "digits.py",
-        *("--steps", 12, "--seeds", 1, "--k", 3, "--out", picture),
+        *("--steps", 12, "--seeds", 1, "--k", 3, "--alpha", 0.2, "--out", picture),
     )
     assert result.returncode == 0, result.stderr
     rows = re.findall(
-        r"^(SGD|Adam) .* (alone|lookahead) .* \d+\.\d ", result.stdout, re.M
+        r"^(SGD|Adam) +([\d.]+) \(.*\) +(alone|lookahead) .* \d+\.\d ",
+        result.stdout,
+        re.M,
     )
-    assert rows == 2 * [("SGD", "alone"), ("SGD", "lookahead")] + 2 * [
-        ("Adam", "alone"),
-        ("Adam", "lookahead"),
+    # The control is the inner optimizer at alpha times the rate.
+    assert rows == [
+        (name, rate, wrapper)
+        for name, fine, large, control in (
+            ("SGD", "0.1", "0.3", "0.06"),
+            ("Adam", "0.01", "0.05", "0.01"),
+        )
+        for rate, wrapper in (
+            (fine, "alone"),
+            (fine, "lookahead"),
+            (large, "alone"),
+            (control, "alone"),
+            (large, "lookahead"),
+        )
     ]
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert "96/96" in result.stderr, "the progress bar counts every update"
+    assert "120/120" in result.stderr, "the progress bar counts every update"
 
 
 @pytest.mark.parametrize(
@@ -52,15 +65,20 @@ def test_nnx_language_model_prints_a_row_per_setting_and_draws_a_picture(tmp_pat
     assert result.returncode == 0, result.stderr
     loss = r" +(\d\.\d{3}) ± 0\.000"
     alone = re.findall(rf"^alone +([\d.]+){loss} +-{loss}", result.stdout, re.M)
-    wrapped = re.findall(
-        rf"^lookahead +([\d.]+){loss}{loss}{loss}", result.stdout, re.M
+    averaged, wrapped = (
+        re.findall(rf"^{name} +([\d.]+){loss}{loss}{loss}", result.stdout, re.M)
+        for name in ("EMA", "lookahead")
     )
     assert [row[0] for row in alone] == ["0.01", "0.1"]
     assert [row[0] for row in wrapped] == ["0.01", "0.1"]
     assert wrapped[1][1] != wrapped[1][2], "fast and slow differ before a sync"
+    assert [row[:2] for row in averaged] == [row[:2] for row in alone], (
+        "an EMA changes nothing in training"
+    )
+    assert averaged[1][1] != averaged[1][2]
     assert "rate, seed 0, write:\n\n    A function is " in result.stdout
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert "28/28" in result.stderr, "the progress bar counts every update"
+    assert "42/42" in result.stderr, "the progress bar counts every update"
 
 
 @pytest.mark.slow
@@ -82,6 +100,7 @@ def test_nnx_language_model_with_alpha_1_measures_the_inner_optimizer(tmp_path):
     [
         (["--k", "0"], "`k` must be an integer of at least 1, got 0"),
         (["--alpha", "2"], "`alpha` must be a number in [0, 1]"),
+        (["--ema", "1"], "--ema must be in [0, 1), got 1."),
         (["--steps", "3"], "--steps must be at least k = 5, got 3."),
         (["--batch", "0"], "--batch must be at least 1, got 0."),
         (["--rates", "0.1", "0"], "--rates must be positive and finite, got 0.1, 0."),
@@ -103,7 +122,7 @@ def test_outer_optimizers_prints_a_row_per_setting_and_draws_a_picture(tmp_path)
     settings = ("--steps", 120, "--rates", 0.03, 0.005, "--out", picture)
     result = run(EXAMPLES / "outer_optimizers.py", *TINY, *settings)
     assert result.returncode == 0, result.stderr
-    names = ["AdamW", "lookahead", "Nesterov"]
+    names = ["AdamW", "EMA", "lookahead", "Nesterov"]
     cell = r" +(\d\.\d{3}) ± 0\.000( \*)?"
     rows = re.findall(rf"^(\w+) +\w+ = .*?{cell}{cell}$", result.stdout, re.M)
     assert [row[0] for row in rows] == [name for name in names for _ in range(2)]
@@ -121,7 +140,7 @@ def test_outer_optimizers_prints_a_row_per_setting_and_draws_a_picture(tmp_path)
         assert mean == pair, "one seed"
         assert float(mean) == pytest.approx(best[name] - best["AdamW"], abs=0.0015)
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert "1440/1440" in result.stderr, "the progress bar counts every update"
+    assert "1920/1920" in result.stderr, "the progress bar counts every update"
 
 
 @pytest.mark.parametrize(

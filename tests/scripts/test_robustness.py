@@ -184,7 +184,7 @@ def test_inner_state_has_a_row_per_policy(monkeypatch, tmp_path):
     monkeypatch.delitem(robustness.INNERS, "Adam")
     text = table("inner-state", tmp_path)
     found = rows(text, rf"(\w+) +(\w+){CELL} +\S+{2 * CELL}{PAIR} +\S+ +\S+")
-    states = "alone", "keep", "reset", "interpolate"
+    states = "alone", "EMA", "keep", "reset", "interpolate"
     assert found == [("SGD", state) for state in states]
 
 
