@@ -287,7 +287,7 @@ def main() -> None:
     elif args.quick:
         rows = count_all(("2x2",), QUICK, 2)
     else:
-        rows = count_all(("2x2", "16x16"), list(FORMS), 8)
+        rows = count_all(("2x2", "16x16"), list(FORMS), 4)
     print(markdown(rows))
     if not on_gpu:
         print("\nTimes and peak bytes: not measured, since this machine has no GPU.")
