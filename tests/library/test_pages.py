@@ -242,7 +242,6 @@ def test_slow_weights_in_the_hosts_memory_are_where_the_page_says(capsys):
     kind, slow = capsys.readouterr().out.split()
     assert kind == "pinned_host"
     np.testing.assert_allclose(float(slow), namespace["params"]["b"][0], rtol=1e-6)
-    assert abs(float(slow) - 3.0) < 0.1
     assert namespace["params"]["w"].sharding.memory_kind == "device"
     # 50 is a multiple of k.
     np.testing.assert_array_equal(

@@ -169,7 +169,7 @@ def test_with_an_outer_step_it_is_two_loops():
 
 
 @pytest.mark.parametrize("make", [FORMS["lookahead"], FORMS["outer step"]])
-@pytest.mark.parametrize("poisoned", slow_but([3, 5], range(8)))
+@pytest.mark.parametrize("poisoned", slow_but([5], range(8)))
 def test_what_is_not_finite_stays_out_as_on_the_device(make, poisoned):
     def broken(params, step):
         grads = gradient(params, step)
@@ -186,7 +186,7 @@ def test_what_is_not_finite_stays_out_as_on_the_device(make, poisoned):
     assert not np.all(np.isfinite(there[poisoned][0]["matrix"]))
 
 
-@pytest.mark.parametrize("step", range(4))
+@pytest.mark.parametrize("step", slow_but([0], range(4)))
 def test_a_cycle_starts_from_weights_that_the_loop_overwrites(step):
     ended = []
     for kind in ({}, ON_HOST):
@@ -462,11 +462,11 @@ def test_a_stack_of_cycles_is_refused(transform):
 def test_several_alphas_are_not():
     def run(alpha):
         tx = lookahead(ADAM, 2, alpha, **ON_HOST)
-        return trajectory(tx, FLOATS, gradient, 3)[-1][0]["matrix"]
+        return scanned(tx, FLOATS, gradient, 3)[0]["matrix"][-1]
 
-    got = jax.vmap(run)(jnp.array([0.0, 1.0]))
+    got = jax.jit(jax.vmap(run))(jnp.array([0.0, 1.0]))
     for alpha, result in zip((0.0, 1.0), got, strict=True):
-        np.testing.assert_allclose(result, run(alpha), rtol=1e-6)
+        np.testing.assert_allclose(result, run(alpha), rtol=1e-5)
 
 
 def loops_and_copies(tx):
