@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from ._state import InnerStep, LookaheadState, copy
 
@@ -131,6 +132,40 @@ def check_slow_dtype(slow_dtype: Any) -> Any:
             "Set `jax.config.update('jax_enable_x64', True)` or write 'float32'."
         )
     return dtype
+
+
+def check_slow_memory_kind(kind: Any) -> None:
+    """Raises unless it is None, or a memory that this JAX can move arrays to."""
+    if kind is None:
+        return
+    rule = "`slow_memory_kind` must be 'pinned_host' or None"
+    if kind != "pinned_host":
+        raise ValueError(
+            f"{rule}, got {kind!r}. Leave it out to keep the slow weights where the "
+            "parameters are."
+        )
+    if not hasattr(jax, "memory"):
+        raise ValueError(
+            f"{rule}, and None with a JAX without `jax.memory`, got {kind!r} with JAX "
+            f"{jax.__version__}. Install a newer one."
+        )
+
+
+def check_slow_memory(slow_params: Any, kind: Any) -> None:
+    """Raises unless the devices of the arrays have this kind of memory."""
+    if kind is None:
+        return
+    for path, slow in jax.tree.leaves_with_path(slow_params):
+        if isinstance(slow, Tracer | jax.ShapeDtypeStruct):
+            continue
+        device = min(slow.devices(), key=lambda device: device.id)
+        kinds = [memory.kind for memory in device.addressable_memories()]
+        if kind not in kinds:
+            raise ValueError(
+                "`slow_memory_kind` must be a memory of the devices of the parameters, "
+                f"got {kind!r} where {describe_path(path)} is on {device}, which has "
+                f"{kinds}. Leave it out there."
+            )
 
 
 def check_inner_state(inner_state: Any, *, has_alpha: bool) -> None:
