@@ -4,7 +4,11 @@
 by itself.
 """
 
+import ast
+import importlib.metadata
 import re
+import sys
+import tomllib
 
 import equinox as eqx
 import flax.serialization
@@ -313,6 +317,38 @@ def test_the_two_lines_that_install_and_run_are_there(extra):
     text = (ROOT / "README.md").read_text()
     line = f'python -m pip install -e ".[{extra}]" && python {what}'
     assert text.count(f"\n{line}\n") == 1
+
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def test_the_install_line_of_the_readme_brings_what_its_example_imports():
+    text = (ROOT / "README.md").read_text()
+    (extra,) = re.findall(r'pip install "optax-lookahead\[(\w+)\] @ ', text)
+    requirements = [
+        *PROJECT["dependencies"],
+        *PROJECT["optional-dependencies"][extra],
+    ]
+    brought = {re.match(r"[\w-]+", line)[0] for line in requirements}
+    modules = set()
+    for node in ast.walk(ast.parse(labelled_blocks()["linen"].source)):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            modules.add(node.module.split(".")[0])
+    modules -= {*sys.stdlib_module_names, "optax_lookahead"}
+    assert {"flax", "sklearn"} <= modules
+    distributions = importlib.metadata.packages_distributions()
+    for module in modules:
+        assert brought & set(distributions[module]), module
+
+
+def test_the_readme_names_the_oldest_versions_that_are_supported():
+    text = (ROOT / "README.md").read_text()
+    least = dict(line.split(">=") for line in PROJECT["dependencies"])
+    python = PROJECT["requires-python"].removeprefix(">=")
+    wanted = f"Python {python}, JAX {least['jax']} and Optax {least['optax']}, or newer"
+    assert wanted in " ".join(text.split())
 
 
 def headings(page):
