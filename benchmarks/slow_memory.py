@@ -17,6 +17,7 @@ device, the bytes that are held, and whole steps of a transformer of 100 M param
 
 import functools
 import math
+import pathlib
 import sys
 from typing import Any, NamedTuple
 
@@ -91,7 +92,8 @@ FORMS = {
         lookahead(BFLOAT16, K, **WIDE, **HOST), True, "bfloat16: Adam", jnp.bfloat16
     ),
 }
-QUICK = ["Adam", "lookahead on the host"]
+THREE = ["Adam", "lookahead", "lookahead on the host"]
+PROGRAMS = [*(("2x2", name) for name in FORMS), *(("16x16", name) for name in THREE)]
 
 
 def compile_step(slice_name: str, form: Form, layers: int, *, whole: bool):
@@ -202,10 +204,14 @@ def check_claim(rows: list[dict[str, Any]]) -> None:
             raise AssertionError(f"{where}: copies {row}")
 
 
-def count_all(slices: tuple[str, ...], names: list[str], layers: int) -> list[Any]:
+def count_all(
+    todo: list[tuple[str, str]], layers: int, file: pathlib.Path | None
+) -> list[Any]:
     tpu_aot.load_libtpu()
-    todo = [(slice_name, name) for slice_name in slices for name in names]
-    rows = [count(*each, layers) for each in progress(todo, "program")]
+    rows = []
+    for each in progress(todo, "program"):
+        rows.append(count(*each, layers))
+        write_rows(file, rows)
     check_claim(rows)
     return rows
 
@@ -285,9 +291,9 @@ def main() -> None:
     if on_gpu:
         rows = measure(2, 256, 2, 1.0) if args.quick else measure(12, 768, 16, 20.0)
     elif args.quick:
-        rows = count_all(("2x2",), QUICK, 2)
+        rows = count_all([("2x2", name) for name in THREE[::2]], 2, None)
     else:
-        rows = count_all(("2x2", "16x16"), list(FORMS), 4)
+        rows = count_all(PROGRAMS, 4, args.json)
     print(markdown(rows))
     if not on_gpu:
         print("\nTimes and peak bytes: not measured, since this machine has no GPU.")
