@@ -6,7 +6,7 @@ training loss at the end, of the slow weights on all of the data, over five seed
 did not train is near 2.3. L-BFGS takes whole-batch steps.
 
     python benchmarks/stored_parameters.py
-    python benchmarks/stored_parameters.py --quick  # few updates; checks that all is finite
+    python benchmarks/stored_parameters.py --quick  # checks that all is finite
 """
 
 import functools

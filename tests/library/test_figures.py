@@ -1,8 +1,8 @@
 """Are the figures on the pages those of the files in `benchmarks/results/`?
 
-For each page, a function computes the text that the files give, as the page has it. What
-differs, and what is not found, is reported with what the page should say. Figures that no
-file holds, such as those of an earlier version, are not checked.
+For each page, functions write what the page should say, with the figures of the files;
+what it does not say fails, and is printed. Figures that no file holds, such as those of an
+earlier version, are not checked.
 """
 
 import functools
@@ -92,7 +92,7 @@ class Results:
         return ", ".join(median(row) for row in rows)
 
     def training_range(self, form, column="time / inner (quartiles)"):
-        """Returns least and largest of ResNet-18 and the transformers; compiling, all."""
+        """Returns the range of ResNet-18 and the transformers; compiling, of all."""
         values = [
             float(row[column].split()[0])
             for row in self.rows("training_step", form=form)
@@ -128,6 +128,16 @@ class Results:
         )
         return ", ".join(f"{row['ratio']:.2f}" for row in rows)
 
+    def cpu_times(self, form, inner):
+        """Returns the times of 20 x 500,000 float32, wherever they were measured."""
+        where = {"form": form, "inner": inner, "size": 500_000}
+        alone = self.rows("step_cost", leaves=20, dtype="float32", **where)
+        peers = self.rows("peers", framework="jax", **where)
+        return [
+            *(row["ratio"]["median"] for row in alone if row["slice"] != "policies"),
+            *(row["ratio"] for row in peers),
+        ]
+
     def held(self, form):
         """Returns the copies of float32 parameters that it holds beside Adam's."""
         row, alone = (
@@ -151,7 +161,8 @@ def cost_for_users(r):
     for label, inners, where, spec in (
         ("training step of a transformer of 100 M parameters, AdamW", ["adamw"],
          transformer, ".3f"),
-        ("training step of 12 square layers, Adam, SGD", ["adam", "sgd"], layers, ".2f"),
+        ("training step of 12 square layers, Adam, SGD", ["adam", "sgd"],
+         layers, ".2f"),
         ("optimizer step alone, Adam, SGD", ["adam", "sgd"], {}, ".3f"),
     ):  # fmt: skip
         times = (r.gpu_time(f, *inners, spec=spec, **where) for f in (OURS, NESTEROV))
@@ -208,11 +219,11 @@ def cost_for_users(r):
 
 def cost_for_contributors(r):
     inners = "adam", "momentum", "sgd"
-    bfloat16 = {"dtype": "bfloat16"}
     floors = ", ".join(f"{r.gpu_floor(OURS, inner):.3f}" for inner in inners)
     yield cells(
         "**GPU** (H200): a step of Adam, momentum, SGD, time / inner",
-        f"{r.gpu_time(OURS, *inners)}; bfloat16 {r.gpu_time(OURS, *inners, **bfloat16)}",
+        f"{r.gpu_time(OURS, *inners)}; "
+        f"bfloat16 {r.gpu_time(OURS, *inners, dtype='bfloat16')}",
         f"within 5 % of {floors}",
     )
     floors = ", ".join(f"{r.gpu_floor(NESTEROV, i):.3f}" for i in ("adam", "sgd"))
@@ -295,7 +306,8 @@ def cost_for_contributors(r):
     yield f"whole step: dense layers | {r.training_time(OURS, '20 dense')} (0.2:"
     yield (
         "whole step, Nesterov: ResNet-18; transformer of 1.8 M | "
-        f"{r.training_time(NESTEROV, 'ResNet-18')}; {r.training_time(NESTEROV, large)} |"
+        f"{r.training_time(NESTEROV, 'ResNet-18')}; "
+        f"{r.training_time(NESTEROV, large)} |"
     )
     yield f"Nesterov: dense layers | {r.training_time(NESTEROV, '20 dense')} (0.2:"
     column = "compile time / inner"
@@ -321,7 +333,8 @@ def cost_for_contributors(r):
     )
     yield "many workers, cpu: temporaries | {} n, `outer_loop` alone {} |".format(*cpu)
     yield (
-        f"packages, Adam, SGD | {r.peers(OURS)}; `optax.lookahead` {r.peers(UPSTREAM)}; "
+        f"packages, Adam, SGD | {r.peers(OURS)}; "
+        f"`optax.lookahead` {r.peers(UPSTREAM)}; "
         f"`pytorch_optimizer` (eager, fused) {r.peers('pytorch_optimizer', 'fused')} |"
     )
 
@@ -342,11 +355,17 @@ def sections_on_cost(r):
     yield cells("floor of lookahead", *(f"{floor:.2f}" for floor in floors))
     times = (r.step_time(OURS, "adam", slice_="k", size=100_000, k=k) for k in (50, 1))
     yield "With k = 50 a step takes {} times Adam's, with k = 1 {}.".format(*times)
-    yield "So `lookahead` takes {:.2f} to {:.2f} and {:.2f} to {:.2f} of its time".format(
-        *(bound(over_upstream(r, i)) for i in ("adam", "sgd") for bound in (min, max))
-    )
+    upstream, over = [], []
+    for inner in ("adam", "sgd"):
+        ours, theirs = (r.cpu_times(form, inner) for form in (OURS, UPSTREAM))
+        ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+        upstream += [min(theirs), max(theirs)]
+        over += [min(ratios), max(ratios)]
     yield "{:.2f} to {:.2f} times Adam's step and {:.2f} to {:.2f} times SGD's".format(
-        *(bound(upstream(r, i)) for i in ("adam", "sgd") for bound in (min, max))
+        *upstream
+    )
+    yield "`lookahead` takes {:.2f} to {:.2f} and {:.2f} to {:.2f} of its time".format(
+        *over
     )
     for policy, inner in (
         (RESET, '`"reset"` moves inner'),
@@ -409,36 +428,6 @@ def sections_on_cost(r):
         "one `vmap` took {} s, one program called run by run {} s, separate "
         "programs {} s".format(*(r.row("sweep", form=f)["seconds"] for f in forms))
     )
-
-
-def over_upstream(r, inner):
-    """Returns time over that of `optax.lookahead`, wherever both were measured."""
-    rows = [
-        *r.rows("step_cost", inner=inner, leaves=20, size=500_000, dtype="float32"),
-        *r.rows("peers", inner=inner, framework="jax", size=500_000),
-    ]
-    ours, theirs = (
-        [middle(row) for row in rows if row["form"] == form and paired(r, row)]
-        for form in (OURS, UPSTREAM)
-    )
-    return [a / b for a, b in zip(ours, theirs, strict=True)]
-
-
-def upstream(r, inner):
-    rows = [
-        *r.rows("step_cost", inner=inner, leaves=20, size=500_000, dtype="float32"),
-        *r.rows("peers", inner=inner, framework="jax", size=500_000),
-    ]
-    return [middle(row) for row in rows if row["form"] == UPSTREAM]
-
-
-def paired(r, row):
-    return row.get("slice") != "policies"  # has no `optax.lookahead`
-
-
-def middle(row):
-    ratio = row["ratio"]
-    return ratio["median"] if isinstance(ratio, dict) else ratio
 
 
 def stored_parameters(r):

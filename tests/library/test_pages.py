@@ -199,7 +199,7 @@ def test_gradients_are_clipped_alike_before_lookahead_and_inside():
     far = {"w": jnp.full((2, 3), 1e4)}  # the pseudo-gradient is 1e5 or so
     state = loop.init(far)._replace(steps_since_sync=jnp.asarray(29))
     moved = jax.tree.map(jnp.zeros_like, far)
-    updates, state = loop.update(moved, state, moved)
+    _, state = loop.update(moved, state, moved)
     step = optax.tree.norm(optax.tree.sub(state.slow_params, far))
     np.testing.assert_allclose(step, 0.7 * 1.9, rtol=1e-2)
 
