@@ -212,6 +212,16 @@ def cost_for_users(r):
         "temporaries of a step alone on a CPU, Adam, SGD",
         *(f"+ {adam} N, + {sgd} N" for adam, sgd in texts),
     )
+    tasks = "ResNet-18", "transformer, 16 x 256", "20 dense"
+    column = "temporaries - inner's, N"
+    yield cells(
+        "temporaries of a training step on a CPU, AdamW: ResNet-18, transformer of "
+        "1.8 M parameters, 20 dense layers",
+        *(
+            ", ".join(r.training(f, task, "adamw")[column] for task in tasks) + " N"
+            for f in (OURS, NESTEROV)
+        ),
+    )
     ranges = (r.training_range(f, "compile time / inner") for f in (OURS, NESTEROV))
     yield cells("training steps, CPU", *ranges)
     policy = functools.partial(r.step_time, slice_="policies")
