@@ -410,7 +410,7 @@ def sections_on_cost(r):
     for model in ("grows", "fixed"):
         for inner in ("adam", "adam, bf16", "clip, adam", "sgd", "momentum"):
             get = functools.partial(r.tpu, inner=inner, model=model)
-            forms = ALONE, OURS, NESTEROV, f"{OURS}, slow on host", UPSTREAM
+            forms = ALONE, OURS, NESTEROV, UPSTREAM
             stored = (get(form, column="temporary") for form in (OURS, NESTEROV))
             yield cells(model, inner, *map(get, forms), "; ".join(stored))
 
