@@ -1,50 +1,72 @@
-"""What the site makes of the pages, which are also read as they are on a code host.
+"""Makes a site of pages that are also read on a code host.
 
-A link such as `../benchmarks/README.md` leads to the repository, a picture out there is
-copied into the site, and formulas become MathML, which browsers draw by themselves.
+The home page is the README, and the other READMEs for users are pages, too, though they
+lie outside of `docs/`. A link to a page or a picture stays on the site; one to another
+file leads to the repository. Formulas become MathML, which browsers draw by themselves,
+and names in a line of text do not break after a hyphen or a bracket.
 """
 
 import html
+import pathlib
+import posixpath
 import re
 
 from latex2mathml.converter import convert
 from mkdocs.structure.files import File
 
-OUTSIDE = re.compile(r"(!?)\[([^\]]*)\]\(\.\./([^)]+)\)")
+ROOT = pathlib.Path(__file__).parents[1]
+OUTSIDE = (
+    "README.md",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "examples/README.md",
+    "examples/*.png",
+    "benchmarks/README.md",
+    "benchmarks/*.png",
+)
+LINK = re.compile(r"\]\((?P<path>[^()#:\s]+)")
 FORMULA = re.compile(
     r'<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<tex>.*?)\\[)\]]</(?P=tag)>',
     re.DOTALL,
 )
+INLINE_CODE = re.compile(r"(?<=<code>)[^<\n]+(?=</code>)")
+WORD = re.compile(r"(?<!\S)\S{1,40}(?!\S)")  # a longer one is wider than a phone
 
 
 def on_files(files, config):
-    """Adds the pictures that the pages show."""
-    pictures = set()
-    for page in files.documentation_pages():
-        pictures |= {
-            path for mark, _, path in OUTSIDE.findall(page.content_string) if mark
-        }
-    for path in sorted(pictures):
-        files.append(File.generated(config, path, abs_src_path=path))
+    """Adds the pages and pictures that lie outside of `docs/`."""
+    for pattern in OUTSIDE:
+        for path in sorted(ROOT.glob(pattern)):
+            name = str(path.relative_to(ROOT))
+            files.append(File.generated(config, name, abs_src_path=str(path)))
     return files
 
 
-def on_page_markdown(markdown, config, **_):
-    """Turns links that leave this folder into links to the repository."""
+def on_page_markdown(markdown, page, config, files):
+    """Turns links between files into links on the site, or to the repository."""
+    here = pathlib.Path(page.file.abs_src_path).relative_to(ROOT).parent
 
     def link(match):
-        mark, text, path = match.groups()
-        where = path if mark else f"{config.repo_url}/blob/main/{path}"
-        return f"{mark}[{text}]({where})"
+        path = posixpath.normpath(posixpath.join(here, match["path"]))
+        if not (ROOT / path).exists():
+            return match[0]  # code that looks like a link, or a broken one
+        on_site = path.removeprefix("docs/")
+        if files.get_file_from_path(on_site):
+            folder = posixpath.dirname(page.file.src_uri)
+            return "](" + posixpath.relpath(on_site, folder or ".")
+        return f"]({config.repo_url}/blob/main/{path}"
 
-    return OUTSIDE.sub(link, markdown)
+    return LINK.sub(link, markdown)
 
 
 def on_page_content(page_html, **_):
-    """Draws the formulas."""
+    """Draws the formulas, and keeps each word of inline code in one piece."""
 
     def formula(match):
         display = "block" if match["tag"] == "div" else "inline"
         return convert(html.unescape(match["tex"]), display=display)
 
-    return FORMULA.sub(formula, page_html)
+    def words(match):
+        return WORD.sub(r'<span class="word">\g<0></span>', match[0])
+
+    return INLINE_CODE.sub(words, FORMULA.sub(formula, page_html))

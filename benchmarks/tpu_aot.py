@@ -75,28 +75,12 @@ INNERS: dict[str, tuple[optax.GradientTransformation, Any]] = {
 }
 
 
-def on_host(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Returns the lookahead `tx` with slow weights that rest in the host's memory."""
-
-    def move(state, space):
-        slow_params = jax.device_put(state.slow_params, space)
-        return state._replace(slow_params=slow_params)
-
-    def update(updates, state, params=None):
-        state = move(state, jax.memory.Space.Device)
-        updates, state = tx.update(updates, state, params)
-        return updates, move(state, jax.memory.Space.Host)
-
-    return optax.GradientTransformation(tx.init, update)
-
-
 K, ALPHA = 5, 0.5
 OURS, UPSTREAM = "optax_lookahead", "optax.lookahead"
-OFFLOADED, NESTEROV = f"{OURS}, slow on host", f"{OURS}, Nesterov outer"
+NESTEROV = f"{OURS}, Nesterov outer"
 FORMS: dict[str, Callable[[Any], Any]] = {
     "inner alone": lambda inner: inner,
     OURS: lambda inner: lookahead(inner, K, ALPHA),
-    OFFLOADED: lambda inner: on_host(lookahead(inner, K, ALPHA)),
     NESTEROV: lambda inner: outer_loop(
         inner, optax.sgd(0.7, momentum=0.9, nesterov=True), K
     ),
@@ -183,14 +167,15 @@ def instructions(text: str) -> list[Instruction]:
 def hbm_bytes(entry: list[Instruction], *, branches: bool = True) -> int:
     """Returns the bytes that a program's entry reads from HBM and writes to it.
 
-    It can't tell where there are branches. Without `branches` they are not counted.
+    It can't tell where there are branches, or loops. Without `branches` what they hold
+    is not counted.
     """
     arrays = {instruction.name: instruction.arrays for instruction in entry}
     total = 0
     for name, op, result, operands in entry:
         if op in FREE or op.endswith("-done"):
             continue
-        if op == "conditional" and not branches:
+        if op in {"conditional", "while"} and not branches:
             continue
         if op in {"copy-start", "slice-start"}:
             # Two arrays, from and to in either order, and a flag. A slice reads only
@@ -225,10 +210,10 @@ def count(slice_name: str, shapes: dict[str, Any], inner: str, form: str) -> Cou
     )
     mesh = Mesh(np.array(slice_.devices), ("chips",))
 
-    def on_mesh(x, memory="device"):
+    def on_mesh(x):
         # Scalars, the counters, are on every chip.
         spec = PartitionSpec("chips") if x.shape else PartitionSpec()
-        sharding = NamedSharding(mesh, spec, memory_kind=memory)
+        sharding = NamedSharding(mesh, spec)
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
     optimizer, dtype = INNERS[inner]
@@ -241,9 +226,6 @@ def count(slice_name: str, shapes: dict[str, Any], inner: str, form: str) -> Cou
     params = optax.LookaheadParams.init_synced(grads) if pair else grads
     tx = (FORMS | POLICIES)[form](optimizer)
     state = jax.tree.map(on_mesh, jax.eval_shape(tx.init, params))
-    if form == OFFLOADED:
-        slow = [on_mesh(x, "pinned_host") for x in jax.tree.leaves(grads)]
-        state = state._replace(slow_params=jax.tree.structure(grads).unflatten(slow))
 
     def step(params, state, grads):
         updates, state = tx.update(grads, state, params)

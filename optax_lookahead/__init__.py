@@ -14,6 +14,10 @@ True
 """
 
 from ._average import average_replicas as average_replicas
+from ._delayed_outer_loop import (
+    DelayedOuterState as DelayedOuterState,
+    delayed_outer_loop as delayed_outer_loop,
+)
 from ._ema_nesterov import ema_nesterov as ema_nesterov
 from ._extrapolation import ExtrapolationState as ExtrapolationState
 from ._lookahead import lookahead as lookahead, outer_loop as outer_loop

@@ -87,7 +87,7 @@ def average_replicas(
       Ballas, Rabbat, [SlowMo](https://arxiv.org/abs/1910.00643), 2019, Algorithm 1.
       Douillard et al., [DiLoCo](https://arxiv.org/abs/2311.08105), 2023, Algorithm 1.
     """
-    _check_axis(axis_name)
+    check_axis(axis_name, "average_replicas('replica')")
 
     def update_fn(
         updates: optax.Updates,
@@ -205,14 +205,26 @@ def _buckets(leaves: list[Any]) -> list[list[Any]]:
     return buckets
 
 
-def _check_axis(axis_name: Any) -> None:
+def check_axis(axis_name: Any, example: str) -> None:
     """Raises unless this can be the name of a mapped axis, or several."""
     names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
     if not names or not all(isinstance(name, str) for name in names):
         raise TypeError(
             "`axis_name` must be the name of an axis or a tuple of names, got "
-            f"{axis_name!r}. Write for example `average_replicas('replica')`."
+            f"{axis_name!r}. Write for example `{example}`."
         )
+
+
+def count_replicas(axis_name: Any, function: str) -> int:
+    """Returns the number of replicas, and raises where no such axis is mapped."""
+    try:
+        return jax.lax.psum(1, axis_name)
+    except NameError as error:
+        raise ValueError(
+            f"`axis_name` must be an axis that is mapped around `{function}`, got "
+            f"{axis_name!r}, which is not. Call `{function}` inside `jax.shard_map`, "
+            "or `jax.vmap` or `jax.pmap` with this `axis_name`."
+        ) from error
 
 
 def _check_same_sync(axis_name: Any, sync: Any) -> int:
@@ -220,14 +232,7 @@ def _check_same_sync(axis_name: Any, sync: Any) -> int:
 
     As far as JAX knows: under `jax.shard_map` with `check_vma=True` it does.
     """
-    try:
-        replicas = jax.lax.psum(1, axis_name)
-    except NameError as error:
-        raise ValueError(
-            f"`axis_name` must be an axis that is mapped around `update`, got "
-            f"{axis_name!r}, which is not. Call `update` inside `jax.shard_map`, or "
-            "`jax.vmap` or `jax.pmap` with this `axis_name`."
-        ) from error
+    replicas = count_replicas(axis_name, "update")
     names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
     varying = _varying_axes(sync) & set(names)
     if varying:

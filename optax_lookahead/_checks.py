@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from ._state import InnerStep, LookaheadState, copy
 
@@ -62,6 +63,53 @@ def check_coefficient(name: str, value: Any, interval: str, remedy: str) -> None
         raise ValueError(message)
 
 
+def check_delay(delay: Any) -> None:
+    """Raises unless `delay` is a whole number of steps, and static."""
+    value = _static_scalar("delay", delay)
+    is_integer = isinstance(value, int) and not isinstance(value, bool)
+    if is_integer and value >= 0:
+        return
+    error = ValueError if is_integer else TypeError
+    raise error(
+        f"`delay` must be a Python integer of at least 0, got {delay!r}. Write the "
+        "number of inner steps that the mean travels, for example `delay=5`."
+    )
+
+
+def check_mix(mix: Any) -> None:
+    """Raises unless `mix` is a weight in [0, 1], as far as that is static."""
+    if (value := _static_scalar("mix", mix)) is _NOT_STATIC:
+        return
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if is_number and 0 <= value <= 1:
+        return
+    error = ValueError if is_number else TypeError
+    raise error(
+        f"`mix` must be a number in [0, 1], got {mix!r}. Write the weight of the "
+        "local weights, for example `mix=0.5`; 0 takes the global copy alone."
+    )
+
+
+def check_batches(batches: Any, delay: int) -> int:
+    """Returns k, and raises unless all batches are of k steps, and the delay within."""
+    shapes = [jnp.shape(x) for x in jax.tree.leaves(batches)]
+    lengths = {shape[:1] for shape in shapes}
+    if len(lengths) != 1 or not all(shape[:1] > (0,) for shape in shapes):
+        raise ValueError(
+            "`batches` must have the k inner steps of a cycle on the first axis of "
+            f"every array, got shapes {shapes}. Stack the batches, for example "
+            "`jax.tree.map(lambda *x: jnp.stack(x), *batches)`."
+        )
+    ((k,),) = lengths
+    if delay > k:
+        raise ValueError(
+            "`delay` must be at most the number of inner steps in a cycle, got "
+            f"{delay} where `batches` has {k}. Write a shorter delay or pass the "
+            "batches of a longer cycle."
+        )
+    return k
+
+
 def check_slow_dtype(slow_dtype: Any) -> Any:
     """Returns the dtype, and raises unless it is a floating one that JAX has on."""
     if slow_dtype is None:
@@ -84,6 +132,40 @@ def check_slow_dtype(slow_dtype: Any) -> Any:
             "Set `jax.config.update('jax_enable_x64', True)` or write 'float32'."
         )
     return dtype
+
+
+def check_slow_memory_kind(kind: Any) -> None:
+    """Raises unless it is None, or a memory that this JAX can move arrays to."""
+    if kind is None:
+        return
+    rule = "`slow_memory_kind` must be 'pinned_host' or None"
+    if kind != "pinned_host":
+        raise ValueError(
+            f"{rule}, got {kind!r}. Leave it out to keep the slow weights where the "
+            "parameters are."
+        )
+    if not hasattr(jax, "memory"):
+        raise ValueError(
+            f"{rule}, and None with a JAX without `jax.memory`, got {kind!r} with JAX "
+            f"{jax.__version__}. Install a newer one."
+        )
+
+
+def check_slow_memory(slow_params: Any, kind: Any) -> None:
+    """Raises unless the devices of the arrays have this kind of memory."""
+    if kind is None:
+        return
+    for path, slow in jax.tree.leaves_with_path(slow_params):
+        if isinstance(slow, Tracer | jax.ShapeDtypeStruct):
+            continue
+        device = min(slow.devices(), key=lambda device: device.id)
+        kinds = [memory.kind for memory in device.addressable_memories()]
+        if kind not in kinds:
+            raise ValueError(
+                "`slow_memory_kind` must be a memory of the devices of the parameters, "
+                f"got {kind!r} where {describe_path(path)} is on {device}, which has "
+                f"{kinds}. Leave it out there."
+            )
 
 
 def check_inner_state(inner_state: Any, *, has_alpha: bool) -> None:
@@ -141,10 +223,10 @@ def check_update(params: Any, state: Any, slow_dtype: Any) -> None:
             "transformation returned."
         )
     check_unstacked(state.steps_since_sync)
-    # The first leaf that differs says more than two printed trees of a whole model.
+    check_same_tree(params, state.slow_params)
     by_path = dict(jax.tree.leaves_with_path(params))
     for path, phi in jax.tree.leaves_with_path(state.slow_params):
-        p = check_leaf(path, by_path, phi)
+        p = by_path[path]
         own = copy(jax.ShapeDtypeStruct(jnp.shape(p), jnp.result_type(p)), slow_dtype)
         if not _holds(jnp.result_type(phi), own.dtype):
             raise ValueError(
@@ -155,12 +237,33 @@ def check_update(params: Any, state: Any, slow_dtype: Any) -> None:
                 "`state._replace(slow_params=optax.tree.cast(state.slow_params, "
                 f"'{own.dtype}'))`."
             )
+
+
+def check_same_tree(params: Any, slow_params: Any) -> None:
+    """Raises unless the parameters have the tree and shapes of their slow copy."""
+    # The first leaf that differs says more than two printed trees of a whole model.
+    by_path = dict(jax.tree.leaves_with_path(params))
+    for path, phi in jax.tree.leaves_with_path(slow_params):
+        check_leaf(path, by_path, phi)
         del by_path[path]
     for path, p in by_path.items():
         raise _mismatch(f"shape {jnp.shape(p)} at {describe_path(path)}", "no leaf")
-    got, expected = jax.tree.structure(params), jax.tree.structure(state.slow_params)
+    got, expected = jax.tree.structure(params), jax.tree.structure(slow_params)
     if got != expected:
         raise _mismatch(str(got), str(expected))
+
+
+def check_same_dtypes(params: Any, slow_params: Any) -> None:
+    """Raises unless the parameters have the dtypes of their slow copy, of one tree."""
+    slow = jax.tree.leaves(slow_params)
+    for (path, p), phi in zip(jax.tree.leaves_with_path(params), slow, strict=True):
+        got, expected = jnp.result_type(p), jnp.result_type(phi)
+        if got != expected:
+            raise ValueError(
+                f"`params` must have the dtypes that `init` saw, got {got} at "
+                f"{describe_path(path)}, where the state has {expected}. Keep the "
+                "dtypes of the parameters, or start a new state with `init`."
+            )
 
 
 def check_leaf(path: Any, params: dict[Any, Any], phi: Any) -> Any:

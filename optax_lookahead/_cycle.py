@@ -12,9 +12,12 @@ from ._checks import (
     check_init,
     check_k,
     check_slow_dtype,
+    check_slow_memory,
+    check_slow_memory_kind,
     check_transformation,
     check_update,
 )
+from ._slow_memory import SlowMemoryKind, memory as slow_memory
 from ._slow_step import init_outer, outer_step, split_args
 from ._slow_weights import (
     add_slow_update,
@@ -31,6 +34,7 @@ def cycles(
     k: jax.typing.ArrayLike,
     inner_state: _inner_state.InnerState,
     slow_dtype: jax.typing.DTypeLike | None,
+    slow_memory_kind: SlowMemoryKind | None,
     *,
     alpha: optax.ScalarOrSchedule | None = None,
     outer: optax.GradientTransformation | None = None,
@@ -39,6 +43,8 @@ def cycles(
     check_transformation("inner", inner, "lookahead(optax.adam(1e-3))")
     check_k(k)
     slow_dtype = check_slow_dtype(slow_dtype)
+    check_slow_memory_kind(slow_memory_kind)
+    memory = slow_memory(slow_memory_kind)
     inner = optax.with_extra_args_support(inner)
     outer = None if outer is None else optax.with_extra_args_support(outer)
     policy = _inner_state.policy(inner_state, inner)
@@ -47,14 +53,17 @@ def cycles(
         check_init(params, slow_dtype)
         slow_params = jax.tree.map(lambda p: copy(p, slow_dtype), params)
         fast_state = inner.init(params)
+        outer_state = optax.EmptyState()
+        if outer is not None:
+            outer_state = init_outer(outer, slow_params)
+        check_slow_memory(slow_params, slow_memory_kind)
+        slow_params = jax.tree.map(memory.init, slow_params)
         return LookaheadState(
             fast_state=fast_state,
             slow_params=slow_params,
             steps_since_sync=jnp.zeros([], jnp.int32),
             sync_count=jnp.zeros([], jnp.int32),
-            outer_state=(
-                optax.EmptyState() if outer is None else init_outer(outer, slow_params)
-            ),
+            outer_state=outer_state,
             anchor=policy.init(fast_state),
         )
 
@@ -81,18 +90,34 @@ def cycles(
         # Not `==`: a k lowered in mid-cycle must still sync.
         sync = steps >= _as_int32(k)
 
-        # 3. The slow weights that the cycle started from.
-        phi = jax.tree.map(partial(cycle_start, start), params, state.slow_params)
-
-        # 4. THE SYNC: a slow step, and the update that takes the parameters there too.
+        # 3. THE SYNC: a slow step from phi, which the cycle started from, and an update
+        # that takes the parameters there too.
         if outer is None:
             alpha_now = alpha(state.sync_count) if callable(alpha) else alpha
             outer_state = state.outer_state
+
+            def slow_step(p: Any, u: Any, slow: Any) -> tuple[Any, Any]:
+                return interpolate(sync, alpha_now, p, u, cycle_start(start, p, slow))
+
             synced = jax.tree.map(
-                partial(interpolate, sync, alpha_now), params, inner_updates, phi
+                memory.update(slow_step, start, sync),
+                params,
+                inner_updates,
+                state.slow_params,
             )
+            slow_params = jax.tree.map(lambda _, leaf: leaf[1], params, synced)
+
+            def synced_params() -> Any:
+                read = memory.read(lambda _, slow: slow, sync)
+                return jax.tree.map(read, params, slow_params)
+
         else:
             alpha_now = None
+            phi = jax.tree.map(
+                memory.read(partial(cycle_start, start), start, sync),
+                params,
+                state.slow_params,
+            )
             pseudo_grads = jax.tree.map(pseudo_gradient, params, inner_updates, phi)
             finite = jax.tree.map(is_finite, pseudo_grads)
             pseudo_grads = jax.tree.map(
@@ -112,12 +137,19 @@ def cycles(
                 finite,
                 slow_updates,
             )
-        final_updates = jax.tree.map(lambda _, leaf: leaf[0], params, synced)
-        slow_params = jax.tree.map(lambda _, leaf: leaf[1], params, synced)
+            on_device = jax.tree.map(lambda _, leaf: leaf[1], params, synced)
+            slow_params = jax.tree.map(
+                memory.write(start, sync), on_device, state.slow_params
+            )
 
-        # 5. What the sync means for the inner state.
+            def synced_params() -> Any:
+                return on_device
+
+        final_updates = jax.tree.map(lambda _, leaf: leaf[0], params, synced)
+
+        # 4. What the sync means for the inner state.
         fast_state, anchor = policy.at_sync(
-            sync, alpha_now, fast_state, state.anchor, params, slow_params
+            sync, alpha_now, fast_state, state.anchor, params, synced_params
         )
         fast_state = _inner_state.invalidate_linesearch_values(sync, fast_state)
 

@@ -22,7 +22,7 @@ class Policy(NamedTuple):
     """What is kept of the inner state from sync to sync, and what one makes of it."""
 
     init: Callable[[optax.OptState], Any]  # fast_state -> anchor
-    # sync, alpha, fast_state, anchor, params, slow_params -> fast_state, anchor
+    # sync, alpha, fast_state, anchor, params, slow_params() -> fast_state, anchor
     at_sync: Callable[..., tuple[optax.OptState, Any]]
 
 
@@ -82,7 +82,7 @@ def _function(
         sync: Any, alpha: Any, fast_state: Any, anchor: Any, params: Any, slow: Any
     ) -> tuple[Any, Any]:
         del alpha
-        fresh = inner.init(jax.tree.map(_rounded, params, slow))
+        fresh = inner.init(jax.tree.map(_rounded, params, slow()))
         hint = ": pass zeros where a gradient is None"
         check_result("inner", "a state", fast_state, fresh, hint=hint)
         chosen = choose(fast_state, fresh)

@@ -6,6 +6,7 @@ import optax
 from ._checks import check_alpha, check_inner_state, check_transformation
 from ._cycle import cycles
 from ._inner_state import InnerState
+from ._slow_memory import SlowMemoryKind
 
 
 def lookahead(
@@ -15,6 +16,7 @@ def lookahead(
     *,
     inner_state: InnerState = "keep",
     slow_dtype: jax.typing.DTypeLike | None = None,
+    slow_memory_kind: SlowMemoryKind | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Lookahead around any optimizer: k steps forward, one step back.
 
@@ -92,6 +94,14 @@ def lookahead(
         cycle. Under `optax.inject_hyperparams` write
         the dtype's name: a type such as `jnp.float32` is taken for a schedule there,
         and what it returns is refused here, unless it is in `static_args`.
+      slow_memory_kind: Memory of the slow weights between the start of a cycle and its
+        sync: None for that of the parameters, or `"pinned_host"` for that of the
+        devices' host, with the same shardings. The first step of a cycle and the one
+        that syncs bring them to the device and back, an array at a time. Other steps
+        leave them there. A `jax.jit` that donates needs `in_shardings` and
+        `out_shardings` for parameters and state, as they name the memories. A
+        `jax.vmap` over `k` or over counters is refused, and `update` has no reverse
+        derivative.
 
     Returns:
       A `GradientTransformationExtraArgs` whose state is a `LookaheadState`. Its
@@ -106,9 +116,10 @@ def lookahead(
         dtype. `init` raises it if a leaf is not an array, `update` if the state is not
         a `LookaheadState`.
       ValueError: If a static `k` is below 1 or beyond int32, a static `alpha` is
-        outside [0, 1], either is an array that is not a scalar, or `inner_state` is
-        none of the four. `init` raises it if `slow_dtype` is narrower than a
-        parameter, or if the state of `inner` cannot be interpolated; `update` without
+        outside [0, 1], either is an array that is not a scalar, `inner_state` is none
+        of the four, or `slow_memory_kind` is another, or JAX older than `jax.memory`.
+        `init` raises it if `slow_dtype` is narrower than a parameter, the state of
+        `inner` cannot be interpolated, or a device lacks that memory; `update` without
         `params`, with `params` that are unlike those that `init` saw or wider than the
         slow weights of the state, or if the function `inner_state` returns another
         tree, other shapes or other dtypes.
@@ -135,7 +146,7 @@ def lookahead(
     """
     check_alpha(alpha)
     check_inner_state(inner_state, has_alpha=True)
-    return cycles(inner, k, inner_state, slow_dtype, alpha=alpha)
+    return cycles(inner, k, inner_state, slow_dtype, slow_memory_kind, alpha=alpha)
 
 
 def outer_loop(
@@ -145,6 +156,7 @@ def outer_loop(
     *,
     inner_state: InnerState = "keep",
     slow_dtype: jax.typing.DTypeLike | None = None,
+    slow_memory_kind: SlowMemoryKind | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Lets an outer optimizer take a step after every k steps of an inner one.
 
@@ -180,6 +192,7 @@ def outer_loop(
       inner_state: `"keep"`, `"reset"` or a function, as in `lookahead`. There is no
         `"interpolate"`, as an outer optimizer has no fraction to move by.
       slow_dtype: As in `lookahead`. The outer state has this dtype too.
+      slow_memory_kind: As in `lookahead`. The outer state stays on the device.
 
     Returns:
       A `GradientTransformationExtraArgs` as of `lookahead`, whose state holds the
@@ -218,4 +231,4 @@ def outer_loop(
     """
     check_transformation("outer", outer, "outer_loop(inner, optax.sgd(0.5), k)")
     check_inner_state(inner_state, has_alpha=False)
-    return cycles(inner, k, inner_state, slow_dtype, outer=outer)
+    return cycles(inner, k, inner_state, slow_dtype, slow_memory_kind, outer=outer)

@@ -17,6 +17,7 @@ from ._checks import (
     describe_state,
 )
 from ._extrapolation import ExtrapolationState, evaluation_point
+from ._slow_memory import to_device
 from ._slow_weights import cycle_start
 from ._state import LookaheadState, copy, is_finite, is_inexact
 
@@ -94,9 +95,8 @@ def slow_params(
         (steps_since_sync,) = jax.tree.leaves(state.steps_since_sync)
         check_unstacked(steps_since_sync)
         start = steps_since_sync == 0
-        for path, phi in jax.tree.leaves_with_path(
-            in_tree_of(params, state.slow_params)
-        ):
+        on_device = jax.tree.map(to_device, state.slow_params)
+        for path, phi in jax.tree.leaves_with_path(in_tree_of(params, on_device)):
             _see(path, seen)
             check_leaf(path, slow, phi)
             p = slow[path]

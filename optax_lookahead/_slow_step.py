@@ -12,7 +12,7 @@ from ._state import InnerStep, LookaheadState, is_inexact, select
 
 def init_outer(outer: optax.GradientTransformation, slow_params: Any) -> Any:
     """Returns the state of the outer optimizer at these slow weights."""
-    return outer.init(_hide_discrete(slow_params))
+    return outer.init(hide_discrete(slow_params))
 
 
 def split_args(extra_args: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -38,7 +38,7 @@ def outer_step(
     slow_updates, outer_state = outer.update(
         grads,
         state.outer_state,
-        params=_hide_discrete(phi),
+        params=hide_discrete(phi),
         **outer_args | {"inner_step": inner_step},
     )
     check_result("outer", "updates", slow_updates, grads)
@@ -46,6 +46,6 @@ def outer_step(
     return slow_updates, select(sync, outer_state, state.outer_state)
 
 
-def _hide_discrete(tree: Any) -> Any:
+def hide_discrete(tree: Any) -> Any:
     """Returns the tree with what an optimizer cannot move hidden, as Optax hides it."""
     return jax.tree.map(lambda x: x if is_inexact(x) else optax.MaskedNode(), tree)

@@ -18,6 +18,7 @@ from ._query import (
     outermost_states,
     split,
 )
+from ._slow_memory import to_device, to_memory_of
 from ._slow_weights import cycle_start
 from ._state import LookaheadState, copy
 
@@ -95,7 +96,11 @@ def set_slow_params(opt_state: optax.OptState, params: optax.Params) -> Any:
             return x
         return x._replace(
             fast_state=everywhere(x.fast_state),
-            slow_params=with_new(x.slow_params),
+            slow_params=jax.tree.map(
+                to_memory_of,
+                x.slow_params,
+                with_new(jax.tree.map(to_device, x.slow_params)),
+            ),
             outer_state=everywhere(x.outer_state),
         )
 
@@ -162,7 +167,11 @@ def with_inner_state(
             f"{describe_state(state)}. Pass the part of the optimizer's state that "
             "belongs to the lookahead."
         )
-    expected: Any = jax.eval_shape(tx.init, state.slow_params)
+
+    def init(slow_params: optax.Params) -> Any:
+        return tx.init(jax.tree.map(to_device, slow_params))
+
+    expected: Any = jax.eval_shape(init, state.slow_params)
     if not isinstance(expected, LookaheadState):
         raise TypeError(
             "`tx` must be what `lookahead` or `outer_loop` returned, got one whose "
@@ -185,11 +194,11 @@ def with_inner_state(
     anchor = expected.anchor
     if not isinstance(anchor, optax.EmptyState):
 
-        def init(params: optax.Params) -> optax.OptState:
+        def init_inner(params: optax.Params) -> optax.OptState:
             lookahead_state: Any = tx.init(params)
             return lookahead_state.fast_state
 
-        anchor = jax.tree.map(copy, moments(init, inner_state))
+        anchor = jax.tree.map(copy, moments(init_inner, inner_state))
     return state._replace(fast_state=inner_state, anchor=anchor)
 
 

@@ -25,6 +25,8 @@ def test_the_public_names_are_these():
         "primal_averaging",
         "ExtrapolationState",
         "average_replicas",
+        "delayed_outer_loop",
+        "DelayedOuterState",
         "replica_axes",
     }
 

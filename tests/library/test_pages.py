@@ -4,7 +4,11 @@
 by itself.
 """
 
+import ast
+import importlib.metadata
 import re
+import sys
+import tomllib
 
 import equinox as eqx
 import flax.serialization
@@ -300,22 +304,18 @@ def test_the_metrics_are_the_distances_of_two_loops(capsys):
     assert capsys.readouterr().out == lines
 
 
-@pytest.mark.skipif(
-    not hasattr(jax, "memory"), reason="JAX 0.6 has no `jax.memory`, and one memory"
-)
-def test_slow_weights_that_rest_in_the_hosts_memory_are_those_that_stay():
-    namespace = run_block("surgery-host")
-    state = namespace["state"]
-    assert state.slow_params["w"].sharding.memory_kind == "pinned_host"
-    tx, params = namespace["tx"], {"w": jnp.ones(8)}
-    stay = tx.init(params)
-    for _ in range(5):
-        updates, stay = tx.update(params, stay, params)
-        params = optax.apply_updates(params, updates)
-    assert stay.slow_params["w"].sharding.memory_kind == "device"
-    expected = slow_params(stay, params)
-    for got, wanted in ((namespace["params"], params), (namespace["slow"], expected)):
-        np.testing.assert_allclose(got["w"], wanted["w"], rtol=1e-6)
+@pytest.mark.skipif(not hasattr(jax, "memory"), reason="JAX 0.6 has no `jax.memory`")
+def test_slow_weights_in_the_hosts_memory_are_where_the_page_says(capsys):
+    namespace = run_block("host-memory")
+    kind, slow = capsys.readouterr().out.split()
+    assert kind == "pinned_host"
+    np.testing.assert_allclose(float(slow), namespace["params"]["b"][0], rtol=1e-6)
+    assert namespace["params"]["w"].sharding.memory_kind == "device"
+    # 50 is a multiple of k.
+    np.testing.assert_array_equal(
+        namespace["params"]["b"],
+        slow_params(namespace["opt_state"], namespace["params"])["b"],
+    )
 
 
 TESTS = [path.read_text() for path in ROOT.glob("tests/*/test_*.py")]
@@ -381,6 +381,38 @@ def test_the_two_lines_that_install_and_run_are_there(extra):
     text = (ROOT / "README.md").read_text()
     line = f'python -m pip install -e ".[{extra}]" && python {what}'
     assert text.count(f"\n{line}\n") == 1
+
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def test_the_install_line_of_the_readme_brings_what_its_example_imports():
+    text = (ROOT / "README.md").read_text()
+    (extra,) = re.findall(r'pip install "optax-lookahead\[(\w+)\] @ ', text)
+    requirements = [
+        *PROJECT["dependencies"],
+        *PROJECT["optional-dependencies"][extra],
+    ]
+    brought = {re.match(r"[\w-]+", line)[0] for line in requirements}
+    modules = set()
+    for node in ast.walk(ast.parse(labelled_blocks()["linen"].source)):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            modules.add(node.module.split(".")[0])
+    modules -= {*sys.stdlib_module_names, "optax_lookahead"}
+    assert {"flax", "sklearn"} <= modules
+    distributions = importlib.metadata.packages_distributions()
+    for module in modules:
+        assert brought & set(distributions[module]), module
+
+
+def test_the_readme_names_the_oldest_versions_that_are_supported():
+    text = (ROOT / "README.md").read_text()
+    least = dict(line.split(">=") for line in PROJECT["dependencies"])
+    python = PROJECT["requires-python"].removeprefix(">=")
+    wanted = f"Python {python}, JAX {least['jax']} and Optax {least['optax']}, or newer"
+    assert wanted in " ".join(text.split())
 
 
 def headings(page):

@@ -542,3 +542,14 @@ def test_an_inner_state_that_does_not_fit_is_refused(
 ):
     with pytest.raises(error, match=re.escape(message)):
         with_inner_state(tx, state, inner_state)
+
+
+@pytest.mark.parametrize(
+    "make", [lookahead, lambda *_, **kw: outer_loop(TX, TX, 2, **kw)]
+)
+def test_a_memory_that_this_jax_cannot_name_is_refused(make, monkeypatch):
+    monkeypatch.delattr(jax, "memory", raising=False)
+    rule = "`slow_memory_kind` must be 'pinned_host' or None, and None with a JAX "
+    with pytest.raises(ValueError, match=re.escape(rule)):
+        make(optax.sgd(0.1), slow_memory_kind="pinned_host")
+    make(optax.sgd(0.1)).update(PARAMS, make(optax.sgd(0.1)).init(PARAMS), PARAMS)

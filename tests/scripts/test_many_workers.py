@@ -2,6 +2,8 @@
 
 import re
 
+import delayed
+import delayed_workers
 import many_workers
 import pytest
 from commands import EXAMPLES, check_refused, run
@@ -110,3 +112,79 @@ ENTRY %main (x: f32[8], flag: pred[]) -> f32[8] {
 """
     found = messages(text, 4, lambda device: device // 2)
     assert found == Messages(always=4, in_branch=32)
+
+
+SENDS = """HloModule cycle, is_scheduled=true
+
+%step (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  ROOT %p = (s32[], f32[8]{0}) parameter(0)
+}
+
+%more.4 (p.1: (s32[], f32[8])) -> pred[] {
+  %p.1 = (s32[], f32[8]{0}) parameter(0)
+  %i = s32[] get-tuple-element(%p.1), index=0
+  %n = s32[]{:T(128)} constant(4)
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}
+
+%more.6 (p.2: (s32[], f32[8])) -> pred[] {
+  %p.2 = (s32[], f32[8]{0}) parameter(0)
+  %j = s32[] get-tuple-element(%p.2), index=0
+  %m = s32[]{:T(128)} constant(6)
+  ROOT %less.1 = pred[] compare(%j, %m), direction=LT
+}
+
+ENTRY %main (x: (s32[], f32[8]), y: f32[8]) -> f32[8] {
+  %x = (s32[], f32[8]{0}) parameter(0)
+  %y = f32[8]{0} parameter(1)
+  %before = (s32[], f32[8]{0}) while(%x), condition=%more.6, body=%step
+  %after-all = token[] after-all()
+  %send = (f32[8]{0}, u32[], token[]) send(%y, %after-all), channel_id=1
+  %recv = (f32[8]{0}, u32[], token[]) recv(%after-all), channel_id=2
+  %early = token[] send-done(%send), channel_id=1
+  %during = (s32[], f32[8]{0}) while(%before), condition=%more.4, body=%step
+  %late = (f32[8]{0}, u32[], token[]) send(%y, %after-all), channel_id=3
+  %send-done = token[] send-done(%late), channel_id=3
+  %recv-done = (f32[8]{0}, token[]) recv-done(%recv), channel_id=2
+  ROOT %z = f32[8]{0} get-tuple-element(%recv-done), index=0
+}
+"""
+
+
+def test_what_is_sent_is_counted_by_the_side_of_the_loop_on_which_it_stands():
+    around_loop = delayed.around_loop
+    counted = dict.fromkeys(("starts", "dones"), 3) | {"bytes": 2 * 32, "loops": 2}
+    assert around_loop(SENDS, 4) == counted | {"before the loop": 2, "after it": 2}
+    assert around_loop(SENDS, 6) == counted | {"before the loop": 0, "after it": 3}
+    assert around_loop(SENDS, 5) == counted | {"before the loop": 0, "after it": 0}
+    with pytest.raises(ValueError, match="not in the order of its schedule"):
+        around_loop(SENDS.replace("is_scheduled", "was_scheduled"), 4)
+
+
+@pytest.mark.slow
+def test_the_example_with_delays_prints_a_row_per_delay_and_mix():
+    tiny = ("--seeds", 1, "--width", 8, "--depth", 1, "--context", 8, "--batch", 2)
+    result = run(EXAMPLES / "delayed_workers.py", *tiny, "--steps", 40)
+    assert result.returncode == 0, result.stderr
+    rows = re.findall(
+        r"^(\w+) +delay +(\d+), mix (\S+) +(\d\.\d{3}) ± 0\.000 +(\S+) ±",
+        result.stdout,
+        re.M,
+    )
+    assert len(rows) == 2 * len(delayed_workers.DELAYS)
+    for name, delay, _, _, difference in rows:
+        assert name in delayed_workers.OUTERS
+        assert (difference == "+0.0000") == (delay == "0")
+    assert "400/400" in result.stderr, "the progress bar counts every update"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "100"], "--steps must be a positive multiple of 40, got 100."),
+        (["--rate", "0"], "--rate must be positive and finite, got 0."),
+        (["--width", "9"], "--width must be a multiple of 4 heads, got 9."),
+    ],
+)
+def test_a_bad_option_of_it_is_answered_with_one_line(arguments, message):
+    check_refused(delayed_workers.main, arguments, message)

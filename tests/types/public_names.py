@@ -4,16 +4,19 @@
 Each `ignore` is a claim too: pyright says so where there is nothing to ignore.
 """
 
+from collections.abc import Callable
 from typing import Any, assert_type
 
 import jax
 import optax
 
 from optax_lookahead import (
+    DelayedOuterState,
     ExtrapolationState,
     InnerStep,
     LookaheadState,
     average_replicas,
+    delayed_outer_loop,
     ema_nesterov,
     lookahead,
     outer_loop,
@@ -35,6 +38,22 @@ def constructors(inner: optax.GradientTransformation, k: jax.Array) -> None:
     outer = optax.chain(average_replicas("replica"), optax.sgd(0.7))
     assert_type(outer_loop(inner, outer, k=30), Transformation)
     assert_type(average_replicas(("replica", "pod")), Transformation)
+
+
+def train_step(params: Any, state: Any, batch: Any) -> tuple[Any, Any, None]:
+    del batch
+    return params, state, None
+
+
+def delayed(outer: optax.GradientTransformation, mix: jax.Array) -> None:
+    init, cycle = delayed_outer_loop(train_step, outer, "replica", delay=5, mix=mix)
+    state = init({"w": 0.0})
+    assert_type(state, DelayedOuterState)
+    assert_type(state.slow_params, optax.Params)
+    assert_type(state.outer_state, optax.OptState)
+    assert_type(cycle, Callable[..., tuple[Any, Any, DelayedOuterState, Any]])
+    delayed_outer_loop(outer, outer, "replica", delay=5, mix=0.5)  # pyright: ignore[reportArgumentType]
+    delayed_outer_loop(train_step, outer, "replica", 5, 0.5)  # pyright: ignore[reportCallIssue]
 
 
 def averages(beta: jax.Array) -> None:

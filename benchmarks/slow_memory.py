@@ -1,0 +1,298 @@
+"""Claim: slow weights in the host's memory cost no HBM, and most steps nothing.
+
+Whole training steps of a decoder, compiled ahead of time for TPU v5e on a machine that
+has none: what a chip's HBM holds of the arguments, and temporaries; the copies between
+the two memories, in a loop that runs at the start of a cycle and at its sync, or in
+every step. Of the optimizer's part alone the HBM bytes of a step that does neither.
+*Moved in every step* is the form without `slow_memory_kind`, written around the update.
+N is the bytes of the parameters on a chip. The batch grows with the slice.
+
+On a GPU the script measures it instead: the largest difference to slow weights on the
+device, the bytes that are held, and whole steps of a transformer of 100 M parameters.
+
+    python -m pip install -e ".[tpu-aot]"
+    python benchmarks/slow_memory.py            # on a GPU, those rows; else the TPU's
+    python benchmarks/slow_memory.py --quick    # small: two forms on four chips
+"""
+
+import functools
+import math
+import sys
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import replicas
+import tpu_aot
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from messages import CALLS, computations
+from timing import (
+    Parser,
+    Program,
+    markdown,
+    nbytes,
+    progress,
+    ratio,
+    side_by_side,
+    write_rows,
+)
+
+from optax_lookahead import LookaheadState, lookahead, outer_loop
+
+K = 5
+HOST = {"slow_memory_kind": "pinned_host"}
+WIDE = {"slow_dtype": "float32"}
+ADAM = optax.adam(1e-3)
+NESTEROV = optax.sgd(0.7, momentum=0.9, nesterov=True)
+
+
+def moved_in_every_step(tx: Any) -> optax.GradientTransformation:
+    """Returns `tx` with slow weights that are brought to the device for every step."""
+
+    def move(state, space):
+        slow_params = jax.device_put(state.slow_params, space)
+        return state._replace(slow_params=slow_params)
+
+    def update(updates, state, params=None):
+        state = move(state, jax.memory.Space.Device)
+        updates, state = tx.update(updates, state, params)
+        return updates, move(state, jax.memory.Space.Host)
+
+    return optax.GradientTransformation(tx.init, update)
+
+
+class Form(NamedTuple):
+    tx: Any
+    on_host: bool
+    inner: str  # the form that temporaries are compared with
+    dtype: Any = jnp.float32
+
+
+BFLOAT16 = tpu_aot.float32_moments(ADAM)
+FORMS = {
+    "Adam": Form(ADAM, False, "Adam"),
+    "lookahead": Form(lookahead(ADAM, K), False, "Adam"),
+    "lookahead, moved in every step": Form(
+        moved_in_every_step(lookahead(ADAM, K)), True, "Adam"
+    ),
+    "lookahead on the host": Form(lookahead(ADAM, K, **HOST), True, "Adam"),
+    "Nesterov outside": Form(outer_loop(ADAM, NESTEROV, K), False, "Adam"),
+    "Nesterov outside, on the host": Form(
+        outer_loop(ADAM, NESTEROV, K, **HOST), True, "Adam"
+    ),
+    "bfloat16: Adam": Form(BFLOAT16, False, "bfloat16: Adam", jnp.bfloat16),
+    "bfloat16: float32 slow weights": Form(
+        lookahead(BFLOAT16, K, **WIDE), False, "bfloat16: Adam", jnp.bfloat16
+    ),
+    "bfloat16: these on the host": Form(
+        lookahead(BFLOAT16, K, **WIDE, **HOST), True, "bfloat16: Adam", jnp.bfloat16
+    ),
+}
+QUICK = ["Adam", "lookahead on the host"]
+
+
+def compile_step(slice_name: str, form: Form, layers: int, *, whole: bool):
+    """Returns the compiled step of a decoder, and its parameters' bytes on a chip."""
+    slice_ = topologies.get_topology_desc(
+        platform="tpu", topology_name=f"v5e:{slice_name}"
+    )
+    chips = len(slice_.devices)
+    mesh = Mesh(np.array(slice_.devices), ("fsdp",))
+
+    def on_mesh(x, memory="device"):
+        split = x.shape and x.shape[0] % chips == 0
+        spec = PartitionSpec("fsdp") if split else PartitionSpec()
+        sharding = NamedSharding(mesh, spec, memory_kind=memory)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    def place(node):
+        if not isinstance(node, LookaheadState):
+            return on_mesh(node)
+        placed = jax.tree.map(on_mesh, node)
+        there = functools.partial(on_mesh, memory="pinned_host")
+        return placed._replace(slow_params=jax.tree.map(there, node.slow_params))
+
+    shapes = replicas.decoder(layers, 2048, 32768) | {
+        "temperature": jax.ShapeDtypeStruct((), jnp.float32)
+    }
+    params = jax.tree.map(
+        lambda x: on_mesh(jax.ShapeDtypeStruct(x.shape, form.dtype)), shapes
+    )
+    state = jax.tree.map(
+        place if form.on_host else on_mesh,
+        jax.eval_shape(form.tx.init, params),
+        is_leaf=lambda node: form.on_host and isinstance(node, LookaheadState),
+    )
+    tokens = on_mesh(jax.ShapeDtypeStruct((2 * chips, replicas.TOKENS + 1), jnp.int32))
+
+    def step(params, state, batch):
+        grads = jax.grad(replicas.loss_fn)(params, batch) if whole else batch
+        updates, state = form.tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    shardings = jax.tree.map(lambda x: x.sharding, (params, state))
+    step = jax.jit(step, donate_argnums=(0, 1), out_shardings=shardings)
+    compiled = step.lower(params, state, tokens if whole else params).compile()
+    on_chip = sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(params)
+    )
+    return compiled, on_chip
+
+
+def host_copies(text: str) -> dict[bool, int]:
+    """Returns the copies from or to the host's memory, by whether a loop has them."""
+    bodies, entry = computations(text)
+    found = {False: 0, True: 0}
+
+    def walk(name: str, in_loop: bool) -> None:
+        for line in bodies[name]:
+            # The host's memory is S(5) in a layout.
+            if "S(5)" in line and any(
+                f" {op}(" in line for op in ("copy", "copy-start", "fusion")
+            ):
+                found[in_loop] += 1
+            if " fusion(" not in line:
+                for called in CALLS.findall(line):
+                    walk(called, in_loop or " while(" in line)
+
+    walk(entry, False)
+    return found
+
+
+def count(slice_name: str, name: str, layers: int) -> dict[str, Any]:
+    """Returns the counts of one form for one slice."""
+    form = FORMS[name]
+    compiled, unit = compile_step(slice_name, form, layers, whole=True)
+    memory = compiled.memory_analysis()
+    copies = host_copies(compiled.as_text())
+    alone, _ = compile_step(slice_name, form, layers, whole=False)
+    text = alone.as_text()
+    entry = tpu_aot.instructions(text[text.index("\nENTRY ") :])
+    return {
+        "slice": slice_name,
+        "form": name,
+        "arguments, N": round(memory.argument_size_in_bytes / unit, 2),
+        "on the host, N": round(memory.host_argument_size_in_bytes / unit, 2),
+        "temporaries, N": round(memory.temp_size_in_bytes / unit, 2),
+        "copies in a loop": copies[True],
+        "in every step": copies[False],
+        "HBM bytes of another step, N": round(
+            tpu_aot.hbm_bytes(entry, branches=False) / unit, 2
+        ),
+    }
+
+
+def check_claim(rows: list[dict[str, Any]]) -> None:
+    """Raises unless the host's forms hold no more HBM than the inner optimizer."""
+    by_form = {(row["slice"], row["form"]): row for row in rows}
+    for (slice_name, name), row in by_form.items():
+        if not name.endswith("on the host") or "Nesterov" in name:
+            continue
+        inner = by_form[slice_name, FORMS[name].inner]
+        where = f"{name}, {slice_name}"
+        if row["arguments, N"] - inner["arguments, N"] > 0.005:
+            raise AssertionError(f"{where}: arguments are more than the inner step's")
+        if row["temporaries, N"] - inner["temporaries, N"] > 0.2:
+            raise AssertionError(f"{where}: temporaries are over 0.2 N more")
+        if row["in every step"] or not row["copies in a loop"]:
+            raise AssertionError(f"{where}: copies {row}")
+
+
+def count_all(slices: tuple[str, ...], names: list[str], layers: int) -> list[Any]:
+    tpu_aot.load_libtpu()
+    todo = [(slice_name, name) for slice_name in slices for name in names]
+    rows = [count(*each, layers) for each in progress(todo, "program")]
+    check_claim(rows)
+    return rows
+
+
+PERIODS = 5, 30, 100
+
+
+def measure(layers: int, width: int, batch: int, seconds: float) -> list[Any]:
+    """Returns the rows of the device that this machine has: times, bytes, values."""
+    shapes = replicas.decoder(layers, width, 32768) | {
+        "temperature": jax.ShapeDtypeStruct((), jnp.float32)
+    }
+    keys = iter(jax.random.split(jax.random.key(0), len(jax.tree.leaves(shapes))))
+
+    def init(x):
+        if len(x.shape) < 2:
+            return jnp.ones(x.shape)
+        return jax.random.normal(next(keys), x.shape) * x.shape[0] ** -0.5
+
+    params = jax.tree.map(init, shapes)
+    tokens = jax.random.randint(
+        jax.random.key(1), (batch, replicas.TOKENS + 1), 0, 32768
+    )
+    rows = []
+    for k in PERIODS:
+        forms = {
+            "alone": ADAM,
+            "on the device": lookahead(ADAM, k),
+            "on the host": lookahead(ADAM, k, **HOST),
+        }
+        programs = {name: program(tx, params, tokens) for name, tx in forms.items()}
+        held = {
+            name: sum(
+                x.nbytes
+                for x in jax.tree.leaves(each.carry)
+                if x.sharding.memory_kind == "device"
+            )
+            for name, each in programs.items()
+        }
+        times = side_by_side(programs, k, seconds)
+        # Each ran as many steps, so both of them are in the same place.
+        ours, theirs = (programs[n].carry[0] for n in ("on the host", "on the device"))
+        apart = jax.tree.map(lambda x, y: jnp.max(jnp.abs(x - y)), ours, theirs)
+        rows += [
+            {
+                "k": k,
+                "form": name,
+                "held, N": round(held[name] / nbytes(params), 2),
+                "peak, N": round(each.counts.peak / nbytes(params), 2),
+                "time / alone": str(ratio(times[name], times["alone"])),
+                "largest difference": float(max(jax.tree.leaves(apart)))
+                if name == "on the host"
+                else "",
+            }
+            for name, each in programs.items()
+        ]
+    return rows
+
+
+def program(tx: Any, params: Any, tokens: jax.Array) -> Program:
+    def step(carry, tokens):
+        params, state = carry
+        grads = jax.grad(replicas.loss_fn)(params, tokens)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params = jax.tree.map(jnp.copy, params)
+    return Program(step, (params, tx.init(params)), tokens)
+
+
+def main() -> None:
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="small, to check it")
+    parser.add_json()
+    args = parser.parse_args()
+    on_gpu = jax.default_backend() == "gpu"
+    if on_gpu:
+        rows = measure(2, 256, 2, 1.0) if args.quick else measure(12, 768, 16, 20.0)
+    elif args.quick:
+        rows = count_all(("2x2",), QUICK, 2)
+    else:
+        rows = count_all(("2x2", "16x16"), list(FORMS), 4)
+    print(markdown(rows))
+    if not on_gpu:
+        print("\nTimes and peak bytes: not measured, since this machine has no GPU.")
+    write_rows(args.json, rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

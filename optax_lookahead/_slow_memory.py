@@ -1,0 +1,141 @@
+"""The memory in which the slow weights rest between the start of a cycle and its sync.
+
+In the host's memory each array is moved by a loop of at most one turn, in the steps
+that need it. Not by `jax.lax.cond`: for a TPU no conditional compiles of which a branch
+only writes host memory, nor one within another, and it takes more temporaries.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+SlowMemoryKind = Literal["pinned_host"]
+
+
+class Memory(NamedTuple):
+    """How a step reaches the slow weight of one parameter, wherever it is.
+
+    It is reached where one of the flags holds. Elsewhere what `read` returns is not
+    used, and update and slow weight stay as they are.
+    """
+
+    init: Callable[..., Any]  # slow -> slow
+    read: Callable[..., Any]  # leaf, *flags -> leaf; leaf: p, slow -> phi
+    update: Callable[..., Any]  # leaf, *flags -> leaf; leaf: p, u, slow -> u, slow
+    write: Callable[..., Any]  # *flags -> leaf; leaf: new, slow -> slow
+
+
+def memory(kind: SlowMemoryKind | None) -> Memory:
+    """Returns what the argument `slow_memory_kind` stands for."""
+    if kind is None:
+        return Memory(_as_it_is, _read_here, _update_here, _write_here)
+    return Memory(to_host, _read_there, _update_there, _write_there)
+
+
+def to_host(x: Any) -> Any:
+    """Returns the array in the host's memory, or the shape of one there."""
+    if not isinstance(x, jax.ShapeDtypeStruct):
+        return x if _is_on_host(x) else jax.device_put(x, jax.memory.Space.Host)
+    if x.sharding is None:  # and so no place that says it
+        return x
+    return x.update(sharding=x.sharding.with_memory_kind("pinned_host"))
+
+
+def to_device(x: Any) -> Any:
+    """Returns the array in the memory of its device."""
+    return jax.device_put(x, jax.memory.Space.Device) if _is_on_host(x) else x
+
+
+def to_memory_of(old: Any, new: Any) -> Any:
+    """Returns the new array in the memory in which the old one is."""
+    return to_host(new) if _is_on_host(old) else new
+
+
+def _is_on_host(x: Any) -> bool:
+    if not hasattr(jax, "memory"):
+        return False
+    return jax.typeof(x).memory_space == jax.memory.Space.Host
+
+
+def _as_it_is(slow: Any) -> Any:
+    return slow
+
+
+def _read_here(leaf: Any, *flags: Any) -> Any:
+    del flags
+    return lambda p, slow: leaf(p, to_device(slow))
+
+
+def _update_here(leaf: Any, *flags: Any) -> Any:
+    del flags
+    return lambda p, u, slow: leaf(p, u, to_device(slow))
+
+
+def _write_here(*flags: Any) -> Any:
+    del flags
+    return lambda new, slow: new  # noqa: ARG005
+
+
+def _read_there(leaf: Any, *flags: Any) -> Any:
+    flag = _one_for_all(flags)
+
+    def read(p: Any, slow: Any) -> Any:
+        unread = jnp.asarray(p, slow.dtype)
+        return _once(flag, lambda _: leaf(p, to_device(slow)), unread)
+
+    return read
+
+
+def _update_there(leaf: Any, *flags: Any) -> Any:
+    flag = _one_for_all(flags)
+
+    def update(p: Any, u: Any, slow: Any) -> tuple[Any, Any]:
+        def turn(both: tuple[Any, Any]) -> tuple[Any, Any]:
+            u, slow = leaf(p, both[0], to_device(both[1]))
+            return u, to_host(slow)
+
+        return _once(flag, turn, (u, to_host(slow)))
+
+    return update
+
+
+def _write_there(*flags: Any) -> Any:
+    flag = _one_for_all(flags)
+
+    def write(new: Any, slow: Any) -> Any:
+        return _once(flag, lambda _: to_host(new), to_host(slow))
+
+    return write
+
+
+def _once(flag: Any, turn: Callable[[Any], Any], init: Any) -> Any:
+    """Returns `turn(init)` where the flag is set, and `init` elsewhere."""
+
+    def body(carry: Any) -> Any:
+        flag, value = carry
+        return ~flag, turn(value)
+
+    return jax.lax.while_loop(lambda carry: carry[0], body, (flag, init))[1]
+
+
+def _one_for_all(flags: Any) -> Any:
+    """Returns whether one of the flags is set, and raises if `jax.vmap` has a stack."""
+    return _unbatched(jnp.any(jnp.stack(flags)))
+
+
+@jax.custom_batching.custom_vmap
+def _unbatched(flag: Any) -> Any:
+    return flag
+
+
+@_unbatched.def_vmap
+def _refuse(axis_size: int, in_batched: Any, flag: Any) -> Any:
+    del in_batched, flag
+    raise ValueError(
+        "`slow_memory_kind` must be None where `jax.vmap` maps over `k` or over "
+        f"`steps_since_sync`, got {axis_size} cycles, of which each would move its "
+        "slow weights in every step. Give all of them one counter, as `replica_axes` "
+        "does, or leave `slow_memory_kind` out."
+    )
