@@ -154,6 +154,70 @@ def test_recipe_that_resumes_here_and_on_a_mesh_and_turns_lookahead_off_and_on(
     train_step(namespace["params"], turned_on)
 
 
+def test_the_recipe_that_saves_a_model_and_its_optimizer_resumes_them(
+    capsys, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    for printed in ("steps 1 to 7\n", "steps 8 to 14\n"):
+        namespace = run_block("resume-nnx")
+        assert capsys.readouterr().out == printed
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    uninterrupted = run_block("resume-nnx")
+    for _ in range(7):
+        uninterrupted["train_step"](uninterrupted["model"], uninterrupted["optimizer"])
+    got, expected = (
+        nnx.state((each["model"], each["optimizer"]))
+        for each in (namespace, uninterrupted)
+    )
+    assert len(jax.tree.leaves(got)) > 8
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+def test_the_recipe_for_batch_norm_has_the_statistics_of_the_slow_weights(capsys):
+    namespace = run_block("nnx-batch-norm")
+    printed = capsys.readouterr().out
+    assert float(re.fullmatch(r"loss (\d\.\d{4})\n", printed)[1]) < 0.1
+    model = namespace["slow_model"]
+    hidden = model.layers[0](namespace["x"]).reshape(-1, 16)
+    got, of_fast = (each.layers[1].mean[...] for each in (model, namespace["model"]))
+    expected = jnp.mean(hidden, 0)
+    assert np.max(np.abs(got - expected)) < 0.05
+    assert np.max(np.abs(of_fast - expected)) > 0.2
+
+
+def test_gradients_are_clipped_alike_before_lookahead_and_inside():
+    namespace = run_block("clipping")
+    start = {"w": 3.0 * jnp.eye(2, 3), "b": jnp.ones(()), "v": jnp.ones((1, 2, 2))}
+    before, inside, plain = (
+        scanned(tx, start, lambda params, step: params, 40)[0]
+        for tx in (
+            namespace["before"],
+            namespace["inside"],
+            lookahead(optax.adam(1e-3)),
+        )
+    )
+    jax.tree.map(np.testing.assert_array_equal, before, inside)
+    assert np.any(before["w"] != plain["w"])
+    loop = namespace["pseudo_gradient"]
+    far = {"w": jnp.full((2, 3), 1e4)}  # the pseudo-gradient is 1e5 or so
+    state = loop.init(far)._replace(steps_since_sync=jnp.asarray(29))
+    moved = jax.tree.map(jnp.zeros_like, far)
+    _, state = loop.update(moved, state, moved)
+    step = optax.tree.norm(optax.tree.sub(state.slow_params, far))
+    np.testing.assert_allclose(step, 0.7 * 1.9, rtol=1e-2)
+
+
+def test_schedules_of_the_inner_optimizer_count_steps_and_others_syncs():
+    namespace = run_block("schedules")
+    start = {"w": jnp.eye(2, 3), "b": jnp.ones(())}
+    for name in ("tx", "outer_tx"):
+        _, state = scanned(namespace[name], start, lambda params, step: params, 65)
+        assert state.fast_state[1].count[-1] == 65
+        assert state.sync_count[-1] == 2
+    assert state.outer_state[1].count[-1] == 2
+
+
 DESCENDANTS = (
     "snoo", "diloco_1", "muloco_1", "slowmo", "multilayer", "minmax", "airbench"
 )  # fmt: skip

@@ -1,12 +1,12 @@
-"""Question: which `inner_state` suits an inner optimizer that remembers a position?
+"""Question: which `inner_state` suits an inner optimizer that stores parameters?
 
 Each trains a small network on scikit-learn's digits, alone and inside lookahead with
 alpha = 0.5, at its own usual rates and with the same batches. The table has the mean
 training loss at the end, of the slow weights on all of the data, over five seeds; what
 did not train is near 2.3. L-BFGS takes whole-batch steps.
 
-    python benchmarks/remembered.py
-    python benchmarks/remembered.py --quick    # few updates; checks that all is finite
+    python benchmarks/stored_parameters.py
+    python benchmarks/stored_parameters.py --quick  # checks that all is finite
 """
 
 import functools
@@ -31,7 +31,7 @@ INNERS = {
     "dog": lambda: contrib.dog(),
     "dowg": lambda: contrib.dowg(),
     "lbfgs": lambda: optax.lbfgs(),
-    "none remembered: Adam": lambda: optax.adam(3e-3),
+    "adam, which stores none": lambda: optax.adam(3e-3),
 }
 POLICIES = "keep", "reset"
 CYCLES = 5, 50, 400

@@ -1,4 +1,4 @@
-"""What is left of a sync's move after a step of an optimizer that remembers?"""
+"""What is left of a sync's move after a step of an optimizer that stores parameters?"""
 
 import jax
 import jax.numpy as jnp
@@ -10,16 +10,16 @@ from rows import slow_but
 
 from optax_lookahead import lookahead
 
-# The part of a move by 0.25 that is there after the next step, given the same gradient
-# before it and after it: all of it, unless the optimizer's state knows a position.
+# The part of a move by 0.25 that is left after the next step, given the same gradient
+# with the move and without it: all of it, unless the optimizer's state has parameters.
 ALL = 1.0
-REMEMBERED = {
+STORED = {
     "cocob": 0.0,  # steps from where it started
-    "lbfgs": 1.9,  # the last position is in its memory of differences
+    "lbfgs": 1.9,  # the last parameters are in its memory of differences
     "lbfgs_without_linesearch": 1.85,
     "madgrad": 0.9,  # an average with where it started
     "scale_by_madgrad": 0.9,
-    "mechanize": 1.4,  # scales the way from where it started
+    "mechanize": 1.4,  # scales the difference to where it started
     "schedule_free": 0.8,  # has a sequence beside the parameters in its state
     "schedule_free_adamw": 0.65,
     "schedule_free_sgd": 0.65,
@@ -46,12 +46,12 @@ def left(name):
     return float(np.mean(np.concatenate(jax.tree.leaves(moves))))
 
 
-KEPT = [name for name in ("adam", "sgd", *REMEMBERED) if name in NAMES]
+KEPT = [name for name in ("adam", "sgd", *STORED) if name in NAMES]
 
 
 @pytest.mark.parametrize("name", slow_but(KEPT, NAMES))
 def test_the_next_step_leaves_a_syncs_move_as_it_is_but_for_these(name):
-    np.testing.assert_allclose(left(name), REMEMBERED.get(name, ALL), atol=0.05)
+    np.testing.assert_allclose(left(name), STORED.get(name, ALL), atol=0.05)
 
 
 CURVATURE = jnp.array([1.0, 4.0, 0.5])
@@ -59,7 +59,7 @@ DISTANCES = {"dog": (optax.contrib.dog, 1.21), "dowg": (optax.contrib.dowg, 1.45
 
 
 @pytest.mark.parametrize("name", DISTANCES)
-def test_a_step_from_the_distance_that_was_come_grows_with_a_move_away(name):
+def test_a_step_as_long_as_the_distance_from_the_start_amplifies_a_move(name):
     make_one, expected = DISTANCES[name]
     tx, w = make_one(1.0), jnp.array([3.0, -2.0, 1.0])
     state = tx.init(w)
