@@ -426,8 +426,8 @@ def test_after_a_reset_every_optimizer_of_optax_is_as_initialised(name):
 # Their `init` asks for an array where `optax.tree.map_params` passes a placeholder.
 OPAQUE = {"backtracking_linesearch", "lbfgs"}
 OPAQUE_RULE = (
-    "`inner_state='interpolate'` must be able to tell what in the state of `inner` is "
-    "like the parameters, got an error from `optax.tree.map_params`: "
+    "`inner_state='interpolate'` must be able to find the trees in the state of "
+    "`inner` that are like the parameters, got an error from `optax.tree.map_params`: "
 )
 
 

@@ -193,7 +193,7 @@ def test_a_vector_of_a_part_is_refused_with_both_shapes_and_read_with_that_part(
     state = tx.init(TREE)
     message = (
         "`opt_state` must hold slow weights of the tree `params`, got one vector of "
-        "shape (3,), where the leaves of `params` are 7 numbers."
+        "shape (3,), where `params` has 7 numbers."
     )
     with pytest.raises(ValueError, match=re.escape(message)) as refusal:
         slow_params(state, TREE)
