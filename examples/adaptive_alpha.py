@@ -166,6 +166,8 @@ def train(form: Form, data, rate: float, seed: int, args, bar):
         params, state = train_step(form, args.k, params, state, rate, batch, fresh)
         if form.curvature is not None and i % args.k == 0:
             alphas.append(float(state.outer_state.alpha))
+        if i == 1:
+            bar.unpause()  # the time to compile says nothing about the other steps
         bar.update()
     loss = loss_fn(params, data.train_x, data.train_y)
     return loss, 100 * accuracy(params, data.test_x, data.test_y), alphas
@@ -175,7 +177,8 @@ def train_all(args: argparse.Namespace) -> list[dict[str, str]]:
     """Returns the rows of the table."""
     data, rows = load_data(), []
     settings = [(rate, form) for rate in args.rates for form in FORMS]
-    with tqdm(total=len(settings) * args.seeds * args.steps, unit="step") as bar:
+    total = len(settings) * args.seeds * args.steps
+    with tqdm(total=total, unit="step", smoothing=0) as bar:
         for rate, form in settings:
             bar.set_description(f"{form.name}, gradient {form.gradient}, {rate:g}")
             runs = [

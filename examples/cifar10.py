@@ -369,6 +369,7 @@ def train(name: str, data: Data, programs: Programs, state, args, bar) -> Run:
         if start:
             template = ocp.args.StandardRestore((state, history))
             state, history = manager.restore(start, args=template)
+            bar.initial += int(state.step)  # not steps of this run
             bar.update(int(state.step))
 
     def evaluate(params, batch_stats):
@@ -385,6 +386,8 @@ def train(name: str, data: Data, programs: Programs, state, args, bar) -> Run:
             state, loss = wait_on_cpu(
                 programs.update(state, data.train_x, data.train_y, rows, key)
             )
+            if not losses:
+                bar.unpause()  # leaves compiling and evaluating out of the estimate
             losses.append(loss)
             bar.update()
         losses = np.array(losses)
@@ -484,7 +487,7 @@ def main() -> None:
     data = data._replace(train_x=train_x, train_y=train_y, test_x=test_x)
     updates = args.epochs * math.ceil(len(train_x) / args.batch)
     runs = {}
-    with tqdm(total=len(args.optimizer) * updates, unit="update") as bar:
+    with tqdm(total=len(args.optimizer) * updates, unit="update", smoothing=0) as bar:
         for name in args.optimizer:
             bar.set_description(name)
             tx = make_optimizer(name, updates)

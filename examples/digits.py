@@ -112,6 +112,8 @@ def train(tx, data: Digits, seed: int, steps: int, k: int, bar, weights) -> Run:
             test, whole = (data.test_x, data.test_y), (data.train_x, data.train_y)
             accuracies.append([accuracy(params, *test) for params in trees])
             train_losses.append([loss_fn(params, *whole) for params in trees])
+        if step == 1:
+            bar.unpause()  # the time to compile says nothing about the other steps
         bar.update()
     return Run(
         np.array(losses),
@@ -134,7 +136,8 @@ def train_all(args: argparse.Namespace) -> dict[tuple[str, str, str], list[Run]]
             ("too large", "lookahead"),
         )
     ]
-    with tqdm(total=len(settings) * args.seeds * args.steps, unit="step") as bar:
+    total = len(settings) * args.seeds * args.steps
+    with tqdm(total=total, unit="step", smoothing=0) as bar:
         for name, rate, wrapper in settings:
             bar.set_description(f"{name}, {rate}, {wrapper}")
             inner = INNERS[name][0](learning_rate(name, rate, args))

@@ -164,13 +164,13 @@ def train_all(
     }
     runs = sum(map(math.prod, shapes.values())) * len(data_sets) * len(seeds)
     with (
-        tqdm(total=runs * steps, unit="step", unit_scale=True) as bar,
+        tqdm(total=runs * steps, unit="step", unit_scale=True, smoothing=0) as bar,
         ThreadPoolExecutor(THREADS) as pool,
     ):
         for (data_name, data), (name, method) in itertools.product(
             data_sets.items(), methods.items()
         ):
-            bar.set_description(f"{data_name}, {name}")
+            bar.set_description(f"{data_name}, {name}, compiling")
             settings = {key: np.ravel(value) for key, value in method.settings.items()}
             jobs = [
                 (settings, init(seed, data), make_batches(seed, data, steps), data)
@@ -180,6 +180,8 @@ def train_all(
             program = jax.jit(jax.vmap(one, in_axes=(0, None, None, None)))
             # Before the threads start, or each of them would compile it.
             program = program.lower(*jobs[0]).compile()
+            bar.unpause()  # leaves the time to compile out of the estimate
+            bar.set_description(f"{data_name}, {name}")
             results = []
             for result in pool.map(lambda job, call=program: call(*job), jobs):
                 results.append(jax.tree.map(np.asarray, result))

@@ -329,6 +329,8 @@ def wait(children, args: argparse.Namespace, folder: pathlib.Path) -> None:
                 if child.exitcode:
                     failed.append(child)
             done = {child.name: count_steps(child, folder) for child in children}
+            if not all(done.values()):
+                bar.unpause()  # leaves the time to compile out of the estimate
             bar.update(sum(done.values()) - bar.n)
             if failed:
                 bar.close()

@@ -169,6 +169,8 @@ def train(tx, models, seed: int, text: Text, args: argparse.Namespace, bar) -> R
             losses.append([evaluate(weights, held_out) for weights in trained])
         starts = rng.integers(len(text.train) - args.context, size=args.batch)
         step(windows(text.train, starts, args.context))
+        if update == 0:
+            bar.unpause()  # the time to compile says nothing about the other steps
         bar.update()
     model = models(model, optimizer)[-1]
     return Run(updates, np.array(losses), float(evaluate(model, held_out)), model)
@@ -200,7 +202,7 @@ def train_all(text: Text, args: argparse.Namespace) -> dict[tuple[str, float], l
     }
     runs = {}
     total = len(wrappers) * len(args.rates) * args.seeds * args.steps
-    with tqdm(total=total, unit="step") as bar:
+    with tqdm(total=total, unit="step", smoothing=0) as bar:
         for wrapper, (wrap, models) in wrappers.items():
             for rate in args.rates:
                 bar.set_description(f"AdamW, {rate:g}, {wrapper}")

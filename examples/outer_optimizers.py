@@ -164,11 +164,11 @@ def train_all(args: argparse.Namespace) -> dict[str, np.ndarray]:
     losses = {}
     groups = sum(len(method.settings) for method in METHODS.values()) * len(args.rates)
     with (
-        tqdm(total=groups * args.seeds * args.steps, unit="step") as bar,
+        tqdm(total=groups * args.seeds * args.steps, unit="step", smoothing=0) as bar,
         ThreadPoolExecutor(THREADS) as pool,
     ):
         for name, method in METHODS.items():
-            bar.set_description(name)
+            bar.set_description(f"{name}, compiling")
             jobs = [
                 (setting, rate, *seed, held_out)
                 for setting, rate, seed in itertools.product(
@@ -177,6 +177,8 @@ def train_all(args: argparse.Namespace) -> dict[str, np.ndarray]:
             ]
             # Before the threads start, or each of them would compile it.
             run = make_run(method, models[0][0], args).lower(*jobs[0]).compile()
+            bar.unpause()  # leaves the time to compile out of the estimate
+            bar.set_description(name)
             results = []
             for result in pool.map(lambda job, run=run: np.asarray(run(*job)), jobs):
                 results.append(result)

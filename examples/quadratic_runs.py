@@ -250,18 +250,22 @@ def check_methods(
     grids = {name: settings_of(method) for name, method in METHODS.items()}
     results = {name: [] for name in METHODS}
     with (
-        tqdm(total=sum(map(len, grids.values())), unit="setting") as bar,
+        tqdm(total=sum(map(len, grids.values())), unit="setting", smoothing=0) as bar,
         ThreadPoolExecutor(THREADS) as pool,
     ):
         seed = itertools.count()
         for name, method in METHODS.items():
-            bar.set_description(name)
+            bar.set_description(f"{name}, compiling")
             grid = grids[name]
             run = make_run(method.make, args.chains, steps_of(method, grid[-1]))
             # All of one size, for one compile.
             parts = [grid[i : i + PART] for i in range(0, len(grid), PART)]
             steps = [steps_of(method, part[-1]) for part in parts]
             seeds = [np.array([next(seed) for _ in part]) for part in parts]
+            # Before the threads start, or each of them would compile it.
+            run = run.lower(steps[0], seeds[0], **stack(parts[0])).compile()
+            bar.unpause()  # leaves the time to compile out of the estimate
+            bar.set_description(name)
 
             def measure(steps, seeds, part, run=run):
                 return np.asarray(run(steps, seeds, **stack(part)))

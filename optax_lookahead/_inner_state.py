@@ -253,8 +253,8 @@ def moments(
         _map_moments(init, trees.append, fast_state)
     except Exception as error:  # of any kind: `inner.init` is given a placeholder
         raise ValueError(
-            "`inner_state='interpolate'` must be able to find the trees in the state of "
-            "`inner` that are like the parameters, got an error from "
+            "`inner_state='interpolate'` must be able to find the trees in the state "
+            "of `inner` that are like the parameters, got an error from "
             f"`optax.tree.map_params`: {error!r}. Write `inner_state='keep'` or "
             "`'reset'`."
         ) from error
