@@ -369,7 +369,6 @@ def train(name: str, data: Data, programs: Programs, state, args, bar) -> Run:
         if start:
             template = ocp.args.StandardRestore((state, history))
             state, history = manager.restore(start, args=template)
-            bar.initial += int(state.step)  # not steps of this run
             bar.update(int(state.step))
 
     def evaluate(params, batch_stats):
@@ -487,7 +486,7 @@ def main() -> None:
     data = data._replace(train_x=train_x, train_y=train_y, test_x=test_x)
     updates = args.epochs * math.ceil(len(train_x) / args.batch)
     runs = {}
-    with tqdm(total=len(args.optimizer) * updates, unit="update", smoothing=0) as bar:
+    with tqdm(total=len(args.optimizer) * updates, unit="update") as bar:
         for name in args.optimizer:
             bar.set_description(name)
             tx = make_optimizer(name, updates)

@@ -163,25 +163,28 @@ def train_all(
         for name, method in methods.items()
     }
     runs = sum(map(math.prod, shapes.values())) * len(data_sets) * len(seeds)
+    pairs = list(itertools.product(data_sets, methods))
+
+    def job(data_name, name, seed):
+        method, data = methods[name], data_sets[data_name]
+        settings = {key: np.ravel(value) for key, value in method.settings.items()}
+        return settings, init(seed, data), make_batches(seed, data, steps), data
+
+    # Before the threads start, or each of them would compile it.
+    programs = {}
+    for data_name, name in tqdm(pairs, "compiling", leave=False):
+        one = functools.partial(run, methods[name], every or last, last)
+        program = jax.jit(jax.vmap(one, in_axes=(0, None, None, None)))
+        lowered = program.lower(*job(data_name, name, seeds[0]))
+        programs[data_name, name] = lowered.compile()
     with (
         tqdm(total=runs * steps, unit="step", unit_scale=True, smoothing=0) as bar,
         ThreadPoolExecutor(THREADS) as pool,
     ):
-        for (data_name, data), (name, method) in itertools.product(
-            data_sets.items(), methods.items()
-        ):
-            bar.set_description(f"{data_name}, {name}, compiling")
-            settings = {key: np.ravel(value) for key, value in method.settings.items()}
-            jobs = [
-                (settings, init(seed, data), make_batches(seed, data, steps), data)
-                for seed in seeds
-            ]
-            one = functools.partial(run, method, every or last, last)
-            program = jax.jit(jax.vmap(one, in_axes=(0, None, None, None)))
-            # Before the threads start, or each of them would compile it.
-            program = program.lower(*jobs[0]).compile()
-            bar.unpause()  # leaves the time to compile out of the estimate
+        for data_name, name in pairs:
             bar.set_description(f"{data_name}, {name}")
+            program = programs[data_name, name]
+            jobs = [job(data_name, name, seed) for seed in seeds]
             results = []
             for result in pool.map(lambda job, call=program: call(*job), jobs):
                 results.append(jax.tree.map(np.asarray, result))

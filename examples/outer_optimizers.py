@@ -161,26 +161,33 @@ def train_all(args: argparse.Namespace) -> dict[str, np.ndarray]:
         (weights, make_batches(text, seed, args))
         for seed, (_, weights) in enumerate(models)
     ]
+    jobs = {
+        name: [
+            (setting, rate, *seed, held_out)
+            for setting, rate, seed in itertools.product(
+                method.settings, args.rates, seeds
+            )
+        ]
+        for name, method in METHODS.items()
+    }
+    # Before the threads start, or each of them would compile it.
+    programs = {
+        name: make_run(method, models[0][0], args).lower(*jobs[name][0]).compile()
+        for name, method in tqdm(METHODS.items(), "compiling", leave=False)
+    }
     losses = {}
-    groups = sum(len(method.settings) for method in METHODS.values()) * len(args.rates)
+    total = sum(map(len, jobs.values())) * args.steps
     with (
-        tqdm(total=groups * args.seeds * args.steps, unit="step", smoothing=0) as bar,
+        tqdm(total=total, unit="step", smoothing=0) as bar,
         ThreadPoolExecutor(THREADS) as pool,
     ):
         for name, method in METHODS.items():
-            bar.set_description(f"{name}, compiling")
-            jobs = [
-                (setting, rate, *seed, held_out)
-                for setting, rate, seed in itertools.product(
-                    method.settings, args.rates, seeds
-                )
-            ]
-            # Before the threads start, or each of them would compile it.
-            run = make_run(method, models[0][0], args).lower(*jobs[0]).compile()
-            bar.unpause()  # leaves the time to compile out of the estimate
             bar.set_description(name)
             results = []
-            for result in pool.map(lambda job, run=run: np.asarray(run(*job)), jobs):
+            one = functools.partial(
+                lambda run, job: np.asarray(run(*job)), programs[name]
+            )
+            for result in pool.map(one, jobs[name]):
                 results.append(result)
                 bar.update(args.steps)
             shape = (len(method.settings), len(args.rates), args.seeds, -1)
