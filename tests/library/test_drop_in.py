@@ -116,7 +116,7 @@ def test_tree_set_on_the_counter_ends_a_cycle_early():
     assert optax.tree.get(state, "sync_count") == 1
 
 
-def test_a_state_that_tree_cast_has_cast_counters_and_all_goes_on():
+def test_training_continues_with_a_state_whose_counters_were_cast_too():
     tx, half = lookahead(optax.sgd(0.1), 2), optax.tree.cast(PARAMS, jnp.bfloat16)
     state = optax.tree.cast(tx.init(PARAMS), jnp.bfloat16)
     before = jax.tree.map(jnp.result_type, state)
@@ -144,7 +144,7 @@ def test_abstract_init_gives_the_shapes_that_init_would():
 
 @pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
 @pytest.mark.parametrize("slow_dtype", [None, "float32"])
-def test_a_loop_that_makes_floats_of_integers_and_flags_goes_on(slow_dtype, transform):
+def test_a_loop_that_turns_integers_and_flags_into_floats_trains(slow_dtype, transform):
     # `optax.apply_updates` does not, but a loop's own `p + u` does.
     start = {"w": jnp.ones(2), "n": jnp.asarray([3, -2]), "on": jnp.asarray(True)}
     grads = {"w": jnp.ones(2), "n": jnp.asarray([0.5, -2.0]), "on": jnp.asarray(1.0)}

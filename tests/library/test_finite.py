@@ -155,7 +155,7 @@ def test_each_element_follows_the_rule_by_itself(name, outer, transform):
 
 @pytest.mark.parametrize("transform", [lambda f: f, as_shipped], ids=["eager", "jit"])
 @pytest.mark.parametrize("name", ["bfloat16", "float16"])
-def test_wide_slow_weights_stay_finite_and_what_is_finite_goes_on(name, transform):
+def test_wide_slow_weights_stay_finite_and_finite_elements_train(name, transform):
     dtype = DTYPES[name]
     start, updates = blow_ups(dtype)
     healthy = np.all(finite(updates), 0) & (np.abs(start.astype(np.float32)) < 1e3)
@@ -189,7 +189,7 @@ def nothing_from_the_third_on(updates, state, params=None):
 
 @pytest.mark.parametrize("slow_dtype", [None, "float32"])
 @pytest.mark.parametrize("transform", [lambda f: f, as_shipped], ids=["eager", "jit"])
-def test_where_the_outer_optimizer_itself_returns_no_number_the_slow_weight_stays(
+def test_where_the_outer_optimizer_returns_nan_or_inf_the_slow_weight_stays(
     transform, slow_dtype
 ):
     dtype = "float32" if slow_dtype is None else "bfloat16"
@@ -247,7 +247,9 @@ TRANSFORMATIONS = {
     "name",
     slow_but(["lookahead interpolate", "nesterov", "wide"], list(TRANSFORMATIONS)),
 )
-def test_after_a_blow_up_at_any_step_training_goes_on_from_the_slow_weights(name, bad):
+def test_after_a_blow_up_at_any_step_training_continues_from_the_slow_weights(
+    name, bad
+):
     tx = TRANSFORMATIONS[name](optax.sgd(0.1, momentum=0.5))
     start = jnp.asarray([0.3, 0.1, -0.2, 0.7], "bfloat16" if name == "wide" else None)
 
@@ -318,7 +320,7 @@ OUTERS = {
         ("float32", None),
     ],
 )
-def test_infinite_entries_harm_nothing_else_in_any_dtype(dtype, slow_dtype, name):
+def test_infinite_entries_change_no_other_entry_in_any_dtype(dtype, slow_dtype, name):
     tx = outer_loop(optax.sgd(0.1), OUTERS[name], 2, slow_dtype=slow_dtype)
 
     def train(start):
@@ -362,7 +364,7 @@ def test_an_infinite_entry_that_is_loaded_later_is_put_into_the_slow_weights_too
 @pytest.mark.parametrize("given", ["schedule", "schedule of arrays", "array"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e39])
 @pytest.mark.parametrize("slow_dtype", [None, "float32"])
-def test_a_step_size_that_is_no_number_leaves_the_slow_weights_where_they_are(
+def test_a_step_size_that_is_not_finite_does_not_change_the_slow_weights(
     slow_dtype, bad, given, transform
 ):
     start = {
@@ -400,7 +402,7 @@ def test_a_step_size_that_is_no_number_leaves_the_slow_weights_where_they_are(
         )
 
 
-def test_moments_that_are_no_number_are_cleared_by_a_reset_or_by_a_new_state():
+def test_moments_that_are_nan_are_cleared_by_a_reset_or_by_a_new_state():
     tx = lookahead(optax.adam(0.1), 2, 0.5, inner_state="reset")
     params = jnp.ones(2)
     updates, state = tx.update(jnp.asarray([jnp.nan, 1.0]), tx.init(params), params)

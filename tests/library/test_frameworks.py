@@ -374,7 +374,7 @@ def test_model_and_optimizer_in_one_trains():
     assert loss(both.model) < before
 
 
-def test_an_nnx_optimizer_that_trained_without_lookahead_goes_on_with_it():
+def test_an_nnx_optimizer_that_trained_without_lookahead_continues_with_it():
     x = jnp.ones((4, 2))
 
     def step(model, optimizer):

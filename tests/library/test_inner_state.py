@@ -297,7 +297,7 @@ def assert_reset(inner, params, fast_state, kept):
 
 
 @pytest.mark.parametrize("name", KEPT)
-def test_a_reset_leaves_alone_what_counts_training_time_and_nothing_else(name):
+def test_a_reset_keeps_what_counts_training_time_and_nothing_else(name):
     inner, kept = KEPT[name]
     tx = lookahead(inner, 3, 0.5, inner_state="reset")
     step, params, state = train_step(tx), PARAMS, tx.init(PARAMS)
@@ -325,7 +325,7 @@ def test_a_hand_set_hyperparameter_outlives_a_reset():
         np.testing.assert_allclose(updates[name], -0.025 * g, rtol=1e-6)
 
 
-def test_under_reset_a_schedule_goes_on_and_bias_correction_starts_again():
+def test_under_reset_a_schedule_continues_and_bias_correction_starts_again():
     # Adam's first bias-corrected step is the sign of the gradient times the rate.
     tx = lookahead(optax.adam(falling), 2, 1.0, inner_state="reset")
     params, state = PARAMS, tx.init(PARAMS)
@@ -340,7 +340,7 @@ def test_under_reset_a_schedule_goes_on_and_bias_correction_starts_again():
         params = optax.apply_updates(params, updates)
 
 
-def test_a_reset_turns_back_flags_and_random_keys():
+def test_a_reset_restores_flags_and_random_keys():
     inner = optax.apply_if_finite(optax.noisy_sgd(0.1, key=jax.random.key(0)), 9)
     tx = lookahead(inner, 2, inner_state="reset")
     state = tx.init(PARAMS)
@@ -632,7 +632,7 @@ def found_in_optax():
     return fields, by_name
 
 
-def test_each_field_of_optax_that_is_like_the_parameters_is_known_to_move_or_to_stay():
+def test_each_field_of_optax_that_is_like_the_parameters_is_listed_to_move_or_to_stay():
     fields, _ = found_in_optax()
     assert not pairs(MOVED) & pairs(STAY)
     assert not fields - pairs(MOVED) - pairs(STAY), "say in both tables what they do"
@@ -666,7 +666,7 @@ NEITHER = {
 }
 
 
-def test_every_type_of_state_that_optax_exports_is_known():
+def test_every_type_of_state_that_optax_exports_is_listed():
     exported = {
         value.__name__
         for module in (optax, optax.contrib, optax.transforms, optax.schedules)
@@ -713,7 +713,7 @@ def field_trees(state, name, field):
 
 
 @pytest.mark.parametrize("name", STAYING)
-def test_interpolation_moves_no_field_that_is_no_moment(name):
+def test_interpolation_moves_no_field_that_is_not_a_moment(name):
     if name not in found_in_optax()[1]:
         pytest.skip("this version of Optax has no such optimizer")
     inner = optax.with_extra_args_support(further(name))
@@ -800,7 +800,9 @@ def test_gradients_that_are_being_accumulated_are_applied_once_and_whole(name, x
 @pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
 @pytest.mark.parametrize("alpha", [1.0, 0.5])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_an_infinite_moment_stays_infinite_and_becomes_no_nan(dtype, alpha, transform):
+def test_an_infinite_moment_stays_infinite_and_does_not_become_nan(
+    dtype, alpha, transform
+):
     inner = optax.sgd(0.1, momentum=0.5)
     tx = lookahead(inner, 2, alpha, inner_state="interpolate")
     params = {"s": jnp.asarray(1.0, dtype), "w": jnp.ones((2, 1, 2), dtype)}
@@ -853,7 +855,7 @@ def test_map_params_finds_the_anchor_among_what_is_like_a_parameter():
 
 
 @pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
-def test_on_a_mesh_each_anchor_lies_where_its_moment_does(transform):
+def test_on_a_mesh_each_anchor_has_the_sharding_of_its_moment(transform):
     mesh = make_mesh({"data": 2, "model": 2}, AxisType.Auto, jax.devices()[:4])
     shardings = {
         "w": NamedSharding(mesh, P("data", "model")),
@@ -1028,7 +1030,7 @@ def test_a_function_that_returns_something_else_is_refused_by_name(function, rul
 
 @pytest.mark.parametrize("policy", ["keep", "reset", None])
 @pytest.mark.parametrize("name", ["lbfgs", "backtracking"])
-def test_the_loss_that_a_line_search_keeps_is_void_after_a_sync(name, policy):
+def test_the_loss_that_a_line_search_keeps_is_infinite_after_a_sync(name, policy):
     inner = {
         "lbfgs": optax.lbfgs(),
         "backtracking": optax.chain(

@@ -205,7 +205,7 @@ def test_the_state_has_one_type_in_cond_and_scan(x64, name, dtype):
 
 
 @every_inner
-def test_steps_that_cond_skips_do_not_count(name):
+def test_steps_that_cond_skips_are_not_counted(name):
     tx, params = make(name), initial_params()
     flags = jnp.array([True, False, True, False, False, True])
     _, after = jax.jit(lambda p: scan_with_skips(tx, p, flags))(params)

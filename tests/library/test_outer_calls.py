@@ -152,7 +152,7 @@ def test_derivatives_are_those_of_two_plain_loops(x64, monkeypatch, name):
 
 
 @pytest.mark.slow
-def test_they_are_so_for_a_batch_of_hyperparameters_too(x64):
+def test_derivatives_for_a_batch_of_hyperparameters_are_those_of_two_plain_loops(x64):
     several = np.stack([AT, AT * 0.9, AT * 1.1])
     for name in ("adam", "sgd"):
         expected = [
@@ -172,7 +172,7 @@ def warm_up(eps_root, loop):
     return jax.jit(jax.grad(final))(0.3)
 
 
-def test_a_way_of_exactly_zero_needs_an_eps_root_as_in_two_plain_loops(x64):
+def test_a_pseudo_gradient_of_zero_needs_an_eps_root_as_in_two_plain_loops(x64):
     def two_loops(inner, outer):
         slow = fast = start(AT)
         state, outer_state = inner.init(slow), outer.init(slow)
@@ -224,7 +224,7 @@ def raises_alone(name):
 
 
 @every_outer
-def test_nan_checks_find_nothing_that_is_not_in_the_outer_optimizer_alone(name):
+def test_nan_checks_find_only_what_they_find_in_the_outer_optimizer_alone(name):
     tx, step = stepper(name)
     step = jax.jit(step)
     with jax.debug_nans(True):
@@ -239,7 +239,7 @@ def test_nan_checks_find_nothing_that_is_not_in_the_outer_optimizer_alone(name):
 
 
 @pytest.mark.parametrize("name", ["adam", "sgd"])
-def test_checkify_finds_nothing_either(name):
+def test_checkify_finds_only_what_it_finds_in_the_outer_optimizer_alone(name):
     tx, step = stepper(name)
     checked = jax.jit(checkify.checkify(step, errors=checkify.float_checks))
     params = start(AT)
@@ -306,7 +306,7 @@ def test_python_branches_and_numpy_schedules_work_in_an_eager_loop():
     np.testing.assert_allclose(params, slow, rtol=1e-6)
 
 
-def test_what_its_state_promises_holds_in_every_call():
+def test_invariants_of_its_state_hold_in_every_call():
     # Two counters that are always one apart, and a sum that its parts add up to.
     def update(updates, state, params=None):
         low, high, parts, total = state
@@ -349,7 +349,7 @@ def test_ordered_callbacks_inside_it_run_once_in_every_update(transform):
     assert seen == [0, 0, 1, 1, 2]  # as many syncs as lay behind each update
 
 
-def test_its_own_arguments_reach_it_alone_and_win_over_a_shared_name():
+def test_its_own_arguments_reach_it_alone_and_override_a_shared_name():
     seen = {}
 
     def remember(name):

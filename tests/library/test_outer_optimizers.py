@@ -244,7 +244,7 @@ def test_it_is_as_if_the_outer_optimizer_were_called_at_a_sync_only(name, transf
         assert_same_bits(after.slow_params, params)
 
 
-def test_other_leaves_than_floating_ones_pass_the_outer_optimizer_by():
+def test_leaves_that_are_not_floating_do_not_reach_the_outer_optimizer():
     params = {
         "w": jnp.array([1.0, -2.0]),
         "frozen": jnp.ones(2),

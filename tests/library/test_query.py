@@ -76,7 +76,7 @@ def test_after_a_sync_they_are_the_parameters_even_if_a_later_transform_moved_th
     assert_equal(slow, params)
 
 
-def test_parameters_without_a_slow_copy_come_back_as_they_are():
+def test_parameters_without_a_slow_copy_are_returned_as_they_are():
     tx = lookahead(optax.sgd(0.1), 3)
     slow, params = slow_after(optax.masked(tx, {"a": {"x": True}, "b": False}), 2)
     assert_equal(slow, {"a": PARAMS["a"], "b": params["b"]})
@@ -96,7 +96,7 @@ def test_lookaheads_of_different_periods_on_different_parameters_are_merged():
     assert_equal(slow_params(state, params), {"a": after_2["a"], "b": PARAMS["b"]})
 
 
-def test_of_nested_lookaheads_the_outermost_counts():
+def test_of_nested_lookaheads_the_outermost_is_read():
     slow, _ = slow_after(lookahead(lookahead(optax.sgd(0.1), 2), 6), 4)
     assert_equal(slow, PARAMS)
 
@@ -159,7 +159,7 @@ OTHER_TREES = {
 @pytest.mark.filterwarnings("ignore:Casting from complex:DeprecationWarning")
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("name", OTHER_TREES)
-def test_it_reads_through_wrappers_that_hand_on_another_tree(name, wide):
+def test_it_reads_through_wrappers_that_change_the_tree(name, wide):
     start, tx = OTHER_TREES[name]
     params, state = start, tx.init(start)
     for steps in range(1, 6):

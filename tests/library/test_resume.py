@@ -151,7 +151,7 @@ def npz(folder, tree, template):
         npz,
     ],
 )
-def test_a_restored_state_goes_on_bit_for_bit_from_every_step_of_a_cycle(
+def test_a_restored_state_continues_bit_for_bit_from_every_step_of_a_cycle(
     restored, inner_state, tmp_path
 ):
     expected = uninterrupted(inner_state)
@@ -172,7 +172,7 @@ def test_a_restored_state_goes_on_bit_for_bit_from_every_step_of_a_cycle(
 
 
 @telling_states
-def test_an_nnx_model_and_optimizer_go_on_bit_for_bit_from_every_step_of_a_cycle(
+def test_an_nnx_model_and_optimizer_continue_bit_for_bit_from_every_step_of_a_cycle(
     inner_state, tmp_path
 ):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(32, 3)), jnp.float32)
@@ -241,7 +241,7 @@ def assert_sharded_like(tree, params):
 
 
 @telling_states
-def test_a_state_saved_on_eight_devices_goes_on_bit_for_bit_on_four(
+def test_a_state_saved_on_eight_devices_continues_bit_for_bit_on_four(
     inner_state, tmp_path
 ):
     tx = make(inner_state)
@@ -385,7 +385,7 @@ def assert_ends_there(got, expected):
 
 
 @pytest.mark.parametrize("name", ["keep", "nesterov"])
-def test_a_checkpoint_of_the_first_release_goes_on_as_it_did(name):
+def test_a_checkpoint_of_the_first_release_continues_as_it_did(name):
     params, state, later = from_release(name)
     assert_ends_there(go_on(RELEASED_RUNS[name], params, state), later)
 

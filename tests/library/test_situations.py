@@ -219,7 +219,7 @@ def test_zero_1_shards_the_state_alone_and_trains_the_same():
     assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(p))
 
 
-def test_checkify_raises_what_the_loop_checks_and_nothing_of_its_own():
+def test_checkify_raises_what_the_loop_checks_and_nothing_else():
     tx = lookahead(optax.adam(0.1), 2, ALPHA, inner_state="reset")
 
     def step(params, state, scale):
@@ -246,7 +246,7 @@ def test_checkify_raises_what_the_loop_checks_and_nothing_of_its_own():
 
 @pytest.mark.parametrize("loop", ["lookahead", "outer_loop"])
 @pytest.mark.parametrize("idiom", ["zeros", "masked"])
-def test_float0_gradients_of_integers_go_as_far_as_the_inner_optimizer_takes_them(
+def test_float0_gradients_of_integers_work_where_the_inner_optimizer_accepts_them(
     idiom, loop
 ):
     params = {"s": jnp.asarray(2.0), "w": jnp.ones((2, 3)), "n": jnp.arange(3)}

@@ -39,14 +39,14 @@ def one_ulp_up(params, step):
 
 
 @pytest.mark.parametrize("slow_dtype", [None, "bfloat16"])
-def test_a_slow_copy_as_narrow_as_the_parameters_never_leaves_one(slow_dtype):
+def test_a_slow_copy_as_narrow_as_the_parameters_stays_at_one(slow_dtype):
     tx = lookahead(optax.sgd(1.0), 2, 0.2, slow_dtype=slow_dtype)
     params, state = last(tx, jnp.ones(3, BF16), one_ulp_up, 2 * CYCLES)
     np.testing.assert_array_equal(params, 1.0)
     np.testing.assert_array_equal(state.slow_params, 1.0)
 
 
-def test_optax_lookahead_never_leaves_one_either():
+def test_optax_lookahead_stays_at_one_too():
     params = optax.LookaheadParams.init_synced(jnp.ones(3, BF16))
     tx = optax.lookahead(optax.sgd(1.0), 2, 0.2)
     pair, _ = last(tx, params, lambda p, step: one_ulp_up(p.fast, step), 2 * CYCLES)
@@ -242,7 +242,9 @@ def after_three_cycles(dtype, size=200):
 
 
 @NARROW
-def test_parameters_that_nobody_touched_keep_the_bits_of_the_slow_weights(dtype):
+def test_parameters_that_the_loop_did_not_change_keep_the_bits_of_the_slow_weights(
+    dtype,
+):
     tx, params, state = after_three_cycles(dtype)
     wide = slow_params(state, params, wide=True)
     np.testing.assert_array_equal(wide, state.slow_params)

@@ -447,7 +447,7 @@ def test_eight_devices_share_the_work_and_train_as_one(tmp_path):
     )
 
 
-def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(tmp_path):
+def test_a_run_that_was_stopped_continues_as_if_it_had_not(tmp_path):
     data, programs = tiny_data(tmp_path), tiny_programs()
     expected = tiny_run(data, programs)
     left = 7  # updates, of three in an epoch: it stops in the third

@@ -51,7 +51,7 @@ def test_kernels_are_counted_as_by_hand():
 
 
 @pytest.mark.slow
-def test_when_the_budget_is_spent_every_row_says_so(tmp_path):
+def test_after_the_time_limit_every_row_says_so(tmp_path):
     path = tmp_path / "gpu.json"
     result = run_here(gpu.main, "--quick", "--budget", 0, "--json", path)
     assert result.returncode == 0, result.stderr
@@ -78,5 +78,5 @@ def test_a_form_that_fails_is_a_row_beside_the_others(tmp_path, monkeypatch):
     assert "RESOURCE_EXHAUSTED" in again.stdout
 
 
-def test_a_mistake_is_one_line():
+def test_a_mistake_is_answered_with_one_line():
     check_refused(gpu.main, ["--tasks", "all"], "invalid choice: 'all'")

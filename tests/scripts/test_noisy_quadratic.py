@@ -267,7 +267,7 @@ def test_the_band_tells_the_formulas_apart():
     assert min(-np.diff(means)) * runs.START_MEAN > 2 * runs.LIMIT / CHAINS**0.5
 
 
-def test_slow_weights_stand_still_while_the_fast_ones_spread():
+def test_slow_weights_do_not_move_while_the_fast_ones_spread():
     method, k, steps = runs.METHODS["Lookahead"], 5, 100
     setting = runs.stack([method.shown])
 

@@ -121,7 +121,7 @@ def test_runs_end_on_a_sync_and_segments_fill_them(size):
     assert all(len(set(arm.rates)) == 3 for arm in ARMS.values())
 
 
-def test_time_that_ends_costs_the_last_seeds_of_all_arms():
+def test_when_time_is_up_the_last_seeds_of_all_arms_are_missing():
     rows = outer_steps.plan(FULL)
     assert [row["stage"] for row in rows] == 18 * [RATES] + 24 * [SEEDS]
     assert [row["seed"] for row in rows] == 18 * [0] + np.repeat(
@@ -174,7 +174,7 @@ def without_times(path):
     return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
 
 
-def test_a_run_that_was_interrupted_goes_on_where_it_was(tmp_path, stub):
+def test_a_run_that_was_interrupted_continues_where_it_was(tmp_path, stub):
     whole, parts = tmp_path / "whole.json", tmp_path / "parts.json"
     assert quick(whole).returncode == 0
     assert len(stub.asked) == 18 + 12
@@ -338,7 +338,7 @@ def test_too_little_text_is_refused(tmp_path, stub, monkeypatch):
         (["--from-json", "missing.json"], "--from-json must be a file of --json"),
     ],
 )
-def test_a_mistake_is_one_line(arguments, message):
+def test_a_mistake_is_answered_with_one_line(arguments, message):
     check_refused(outer_steps.main, arguments, message)
 
 
@@ -629,7 +629,7 @@ def test_packages_here_are_judged_by_their_metadata():
     assert not found.keys() & {"tqdm", "certifi"}, "of which a part is under the MPL"
 
 
-def test_files_are_read_once_and_without_what_others_wrote(tmp_path):
+def test_files_are_read_once_and_without_vendored_code(tmp_path):
     files = {
         "a/one.py": b"one",
         "a/two.py": b"two",

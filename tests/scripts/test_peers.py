@@ -18,7 +18,7 @@ from commands import check_refused
         (["--tensorflow-python", "/nowhere"], "no such program: /nowhere."),
     ],
 )
-def test_a_mistake_is_one_line(arguments, message):
+def test_a_mistake_is_answered_with_one_line(arguments, message):
     check_refused(peers.main, arguments, message)
 
 
