@@ -1,8 +1,8 @@
 """Train a Flax CNN on handwritten digits, with and without lookahead.
 
 The same `TrainState` loop runs SGD with momentum and Adam, each alone and inside
-`lookahead`, each at a comfortable and at a too large learning rate, over several
-seeds, on the 1,797 real 8x8 images that come with scikit-learn. The control of the too
+`lookahead`, each at a suitable and at a too large learning rate, over several
+seeds, on the 1,797 real 8x8 images that come with scikit-learn. The control for the too
 large rate is the optimizer alone at alpha times that rate, since lookahead's steps are
 shorter by about alpha. It prints a table of all and draws the losses of SGD.
 
@@ -84,7 +84,7 @@ def accuracy(params, x, y):
 
 @jax.jit
 def train_step(state, x, y):
-    """A training step that knows nothing of lookahead."""
+    """A training step for any optimizer."""
     loss, grads = jax.value_and_grad(loss_fn)(state.params, x, y)
     return state.apply_gradients(grads=grads), loss
 
@@ -165,7 +165,7 @@ def print_table(runs, args: argparse.Namespace) -> None:
         f"\n{args.steps} updates of {BATCH} images, k = {args.k}, alpha = "
         f"{args.alpha:g}: mean ± standard deviation over {args.seeds} seeds.\n"
         f"Each seed counts with its mean over the last {CYCLES} cycles, one update "
-        "before the sync,\nwhere the fast weights have gone furthest.\n"
+        "before the sync,\nwhere fast and slow weights differ most.\n"
     )
     row = "{:<6}{:<20}{:<10}{:>17}{:>17}{:>14}{:>14}"
     loss, test = "train loss", "test %"
@@ -190,7 +190,7 @@ def print_table(runs, args: argparse.Namespace) -> None:
 
 
 def draw(runs, args: argparse.Namespace) -> None:
-    # Few words in large letters, to be read on a phone.
+    # Few words in large type, to be legible on a phone.
     with rc_context({"font.size": 15, "lines.linewidth": 2.5}):
         figure = Figure(figsize=(6.4, 5.4), layout="constrained")
         axes = figure.subplots()

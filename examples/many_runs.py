@@ -1,8 +1,8 @@
 """Train many runs of a small network in one program, and sum them up over seeds.
 
-What `robustness.py` is made of. A run is an ordinary Optax loop in `jax.lax.scan`,
-and `jax.vmap` makes it all settings of a method at once. For one seed all of these,
-in all methods, start from the same weights and see the same batches.
+For `robustness.py`. A run is an ordinary Optax loop in `jax.lax.scan`, and `jax.vmap`
+runs all settings of a method at once. With one seed all settings of all methods have
+the same initial weights and the same batches.
 """
 
 import functools
@@ -154,7 +154,7 @@ def train_all(
       seeds: Each has its own first weights and batches.
       steps: Updates in a run.
       every: Updates from one evaluation to the next; None means the last one only.
-      last: Updates at the end of a run to look at; None means all.
+      last: Updates at the end of a run that are evaluated; None means all.
     """
     last = last or steps
     measured = {name: {} for name in data_sets}

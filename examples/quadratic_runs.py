@@ -142,7 +142,7 @@ def settings_of(method: Method) -> list[dict[str, float]]:
 
 
 def cycles_of(method: Method, setting) -> int:
-    """Returns after how many cycles nothing is left of the start."""
+    """Returns the number of cycles after which the start has no influence."""
     _, cycle, _ = method.systems(**setting)
     rho = max(float(theory.spectral_radius(cycle)), 0.1)
     # The square, 1e-7 of the start's, is far below the Monte-Carlo error.

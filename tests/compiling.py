@@ -1,10 +1,10 @@
-"""How the tests compile: quickly, but for those that look at bits or at the program.
+"""How the tests compile: quickly, unless bits or the compiled program matter.
 
-Nearly all that the tests wait for is XLA. Told by `XLA_FLAGS` not to write its kernels
-through MLIR and not to optimize them, it compiles in a third of the time. What a kernel
-computes is the same; how it rounds, and what the whole program keeps, need not be. So
-what is claimed of those is compiled `as_shipped`, as users' programs are, and `.ci/run`
-has one environment where everything is, by setting `XLA_FLAGS` to nothing.
+The tests spend most of their time in XLA. With `XLA_FLAGS` that turn off its MLIR
+emitters and its optimizations it compiles in a third of the time. A kernel then
+computes the same, but its rounding and the memory of the whole program may differ. So
+claims about those are tested with programs compiled `as_shipped`, as users' programs
+are, and `.ci/run` compiles everything so in one environment, with an empty `XLA_FLAGS`.
 """
 
 import functools

@@ -530,7 +530,7 @@ def test_what_cannot_be_an_axis_name_is_refused(axis_name):
         average_replicas(axis_name)
 
 
-@pytest.mark.skipif(jax.__version_info__ < (0, 7), reason="JAX 0.6 tells it to nobody")
+@pytest.mark.skipif(jax.__version_info__ < (0, 7), reason="JAX 0.6 does not show it")
 def test_counters_that_may_differ_between_replicas_are_refused():
     tx = averaged(optax.sgd(0.1), optax.sgd(1.0), 2)
     mesh = make_mesh({NAME: R}, AxisType.Auto, jax.devices()[:R])
@@ -631,7 +631,7 @@ def test_complex_weights_are_averaged_and_discrete_ones_are_not(x64):
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    # The count of a replica is a scalar on each, and a parameter, not a counter.
+    # `count` is a scalar on each replica, and a parameter, not a counter.
     where = where._replace(slow_params={"z": 0, "n": 0})
     state = state._replace(slow_params={**state.slow_params, "n": jnp.arange(R)})
     step = jax.vmap(step, (0, where, 0), (0, where), axis_name=NAME)

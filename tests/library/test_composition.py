@@ -28,7 +28,7 @@ def gradient(params, step):
 def run(request):
     """Returns the visited parameters and states of a loop, eager or jitted.
 
-    The eager one is shorter: a `cond` is compiled anew in each of its steps.
+    The eager one is shorter: a `cond` is compiled again in each of its steps.
     """
     transform = {"eager": lambda step: step, "jit": jax.jit}[request.param]
     default = {"eager": EAGER_STEPS, "jit": STEPS}[request.param]

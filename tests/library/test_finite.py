@@ -1,7 +1,7 @@
-"""Do the slow weights stay finite, whatever becomes of the fast ones?
+"""Do the slow weights stay finite, even if the fast ones do not?
 
-A slow weight takes the value that a sync arrives at only if that is finite, as it is
-stored. A cycle does not start from an element that is not finite. An outer optimizer is
+A slow weight takes the value that a sync computes only if that is finite in its dtype.
+A cycle does not start from an element that is not finite. An outer optimizer is
 given 0 for a pseudo-gradient that is not finite, and its update is dropped there.
 """
 
@@ -37,7 +37,7 @@ def finite(x):
 
 
 def blow_ups(dtype):
-    """Returns start and updates in which about every tenth element is no number."""
+    """Returns start and updates, of which about a tenth is not finite."""
     rng = np.random.default_rng(1)
     largest = float(ml_dtypes.finfo(dtype).max) ** (1 if dtype == np.float16 else 0.01)
     start = rng.normal(size=SIZE) * 0.2 * largest
@@ -46,7 +46,7 @@ def blow_ups(dtype):
     for value, low in ((np.nan, 0.0), (np.inf, 0.01), (-np.inf, 0.02)):
         updates[(bad >= low) & (bad < low + 0.01)] = value
     if dtype == np.complex64:
-        swapped = rng.random(SIZE) < 0.5  # either part may be the one
+        swapped = rng.random(SIZE) < 0.5  # in the real or in the imaginary part
         start = start + 1j * rng.normal(size=SIZE)
         parts = np.where(swapped, updates, 1.0), np.where(swapped, 1.0, updates)
         updates = np.empty((STEPS, SIZE), np.complex64)
@@ -115,10 +115,10 @@ def assert_same(got, expected, dtype, where=None):
     where = where & finite(expected)
     wide = np.complex64 if np.iscomplexobj(got) else np.float32
     got, expected = got[where].astype(wide), expected[where].astype(wide)
-    # A few roundings, which a fused program makes elsewhere.
+    # A few roundings, which a fused program makes in other places.
     tolerance = 16 * float(ml_dtypes.finfo(dtype).eps) * np.max(np.abs(expected))
     off = np.abs(got - expected) > tolerance
-    # And in float16 a few elements that just do, or just do not, overflow.
+    # And in float16 a few elements that are just below or just above an overflow.
     assert np.mean(off) <= (0.02 if dtype == np.float16 else 0.0)
 
 
@@ -148,7 +148,7 @@ def test_each_element_follows_the_rule_by_itself(name, outer, transform):
         if dtype != np.float16:  # where the momentum itself overflows here
             assert all(np.all(finite(x)) for x in jax.tree.leaves(state.outer_state))
     assert np.mean(same) > (0.9 if dtype == np.float16 else 0.999)
-    # There was something to see.
+    # Both cases occurred.
     ends = np.stack([finite(params) for params, _ in visited])
     assert 0.02 < np.mean(~ends) < 0.4
 
@@ -171,12 +171,12 @@ def test_wide_slow_weights_stay_finite_and_finite_elements_train(name, transform
         for i, (params, state) in enumerate(visited):
             assert np.all(finite(state.slow_params))
             assert np.all(finite(slow_params(state, params)))
-            with np.errstate(all="ignore"):  # what is not healthy comes along
+            with np.errstate(all="ignore"):  # also of elements that are not finite
                 p = (p.astype(dtype) + updates[i]).astype(dtype).astype(np.float64)
                 if (i + 1) % K == 0:
                     phi = phi + 0.25 * (p - phi)
                     p = phi.astype(dtype).astype(np.float64)
-        # A cycle sets out from the rounding of the slow weight; so does this one.
+        # A cycle starts from the rounding of the slow weight, here too.
         scale = np.max(np.abs(phi[healthy]))
         off = np.abs(np.float64(state.slow_params) - phi)[healthy]
         assert np.max(off) < 20 * float(ml_dtypes.finfo(dtype).eps) * scale
@@ -203,7 +203,7 @@ def test_where_the_outer_optimizer_returns_nan_or_inf_the_slow_weight_stays(
         params = optax.apply_updates(params, updates)
     # Two steps of -2, of which the outer optimizer takes half.
     np.testing.assert_array_equal(state.slow_params, [6, 6, 8, 8, 8])
-    # A parameter goes with it, but back to a slow weight of more bits.
+    # The parameter takes that update, unless the slow weight has more bits.
     lost = [jnp.nan, -jnp.inf, -jnp.inf] if slow_dtype is None else [8, 8, 8]
     np.testing.assert_array_equal(params, jnp.asarray([6, 6, *lost], dtype))
     np.testing.assert_array_equal(state.outer_state[0].trace, [4, 4, 4, 4, 4])

@@ -165,7 +165,7 @@ class NNXModel(nnx.Module):
 
 
 class Head(nnx.Param):
-    """The parameters that a filter singles out."""
+    """The parameters that a filter selects."""
 
 
 class FilteredModel(nnx.Module):

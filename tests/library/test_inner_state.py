@@ -45,7 +45,7 @@ every_policy = pytest.mark.parametrize("policy", POLICIES)
 
 
 def memory_of(name, state):
-    """Returns the state of the inner optimizer in the words of the reference."""
+    """Returns the state of the inner optimizer with the names of the reference."""
     if name == "momentum":
         return {"trace": to_vector(state.fast_state[0].trace)}
     adam = state.fast_state[0]
@@ -162,8 +162,8 @@ def test_interpolation_is_not_the_scaling_that_the_official_code_aliases_to(x64)
         assert np.all(same) if step < 2 * k - 1 else not np.any(same)
 
 
-# Optimizers with what a reset has to leave alone, by path, after six steps: all other
-# leaves are what `init` gives at the new parameters.
+# Optimizers, and by path what a reset has to keep of their state, after six steps: all
+# other leaves are what `init` gives at the new parameters.
 def falling(count):
     return 0.5 - 0.05 * jnp.asarray(count, jnp.float32)
 
@@ -280,7 +280,7 @@ def train_step(tx):
 
 
 def assert_reset(inner, params, fast_state, kept):
-    """Checks that the state is an initial one, but for the leaves named by path."""
+    """Checks that the state is an initial one, except for the leaves named by path."""
     fresh = as_arrays(inner.init(params))
     kept = dict(kept)
     for (path, got), start in zip(
@@ -303,7 +303,7 @@ def test_a_reset_keeps_what_counts_training_time_and_nothing_else(name):
     step, params, state = train_step(tx), PARAMS, tx.init(PARAMS)
     for _ in range(5):
         params, state = step(params, state)
-    # There is something to reset.
+    # The run has changed the state.
     with pytest.raises(AssertionError):
         assert_reset(inner, params, state.fast_state, kept)
     params, state = step(params, state)
@@ -514,7 +514,7 @@ MOVED = {
     "TraceState": {"trace"},
     "DAdaptAdamWState": {"exp_avg", "exp_avg_sq"},
     "ProdigyState": {"exp_avg", "exp_avg_sq"},
-    # What makes up a position, which moves as the weights do.
+    # Weights in the state, which are interpolated as the slow weights are.
     "COCOBState": {"cumulative_gradients", "scale", "subgradients", "reward"},
     "MadgradState": {"grad_sum_sq", "s"},
     "SAMState": {"cache"},
@@ -635,8 +635,8 @@ def found_in_optax():
 def test_each_field_of_optax_that_is_like_the_parameters_is_listed_to_move_or_to_stay():
     fields, _ = found_in_optax()
     assert not pairs(MOVED) & pairs(STAY)
-    assert not fields - pairs(MOVED) - pairs(STAY), "say in both tables what they do"
-    # Versions of Optax have not all of them.
+    assert not fields - pairs(MOVED) - pairs(STAY), "add them to MOVED or to STAY"
+    # Not every version of Optax has all of them.
     assert len(pairs(STAY) - fields) <= 6
     assert len(fields & pairs(MOVED)) > 25
 
@@ -653,7 +653,7 @@ NEITHER = {
     "InjectHyperparamsState",
     "InjectStatefulHyperparamsState",
     "MaskedState",
-    "MonitorState",  # all of it is what somebody measures
+    "MonitorState",  # measurements only
     "NormalizeState",
     "PartitionState",
     "ReduceLROnPlateauState",
@@ -947,7 +947,7 @@ def test_flax_trains_under_a_policy(policy):
 
 
 class Trained(NamedTuple):
-    """The state of somebody's own schedule, which `"reset"` does not know."""
+    """The state of a user's own schedule, which `"reset"` does not know."""
 
     count: jax.Array
 
@@ -961,7 +961,7 @@ def own_schedule(rate):
 
 
 def keep_trained(state, fresh):
-    """Restarts the moments and lets the schedule go on."""
+    """Restarts the moments and keeps the schedule's count."""
     return tuple(
         s if isinstance(s, Trained) else f for s, f in zip(state, fresh, strict=True)
     )

@@ -1,6 +1,6 @@
 """What if lookahead is turned on, changed or turned off in mid-training?
 
-Every step is compared with Adam and Algorithm 1 in NumPy, which change likewise.
+Every step is compared with Adam and Algorithm 1 in NumPy, where the same is changed.
 """
 
 import functools

@@ -196,7 +196,7 @@ def scan_with_skips(tx, params, flags):
 def test_the_state_has_one_type_in_cond_and_scan(x64, name, dtype):
     tx, params = make(name), initial_params(dtype)
     flags = jnp.array([True, False])
-    # Both branches have to agree, and the carry with what it was.
+    # Both branches must have one type, and the carry must keep its type.
     before, after = jax.eval_shape(lambda p: scan_with_skips(tx, p, flags), params)
     assert types(after) == types(before) == types((params, tx.init(params)))
     # `cond` and `scan` let a weak type pass.

@@ -1,7 +1,7 @@
 """What if the training loop overwrites some of its parameters in mid-cycle?
 
-Every step is compared with Algorithm 1 in NumPy, in which the same is written into the
-slow weights, and nothing else changes.
+Every step is compared with Algorithm 1 in NumPy, where the same values are written into
+the slow weights, and nothing else changes.
 """
 
 import functools
@@ -144,7 +144,7 @@ def test_without_set_slow_params_the_next_sync_partly_undoes_the_change(x64):
     got = train(quick(), 6, lambda state, params: state)
     assert_close(got, paper(6, told=False))
     ahead = add(got[7]["head"], paper(6)[7]["head"], -1.0)
-    # By half of what is between what was written and the slow weights of before.
+    # By half of the difference of the new values and the slow weights.
     old = paper(6, told=False)[3]["head"]
     expected = jax.tree.map(lambda x, y: ALPHA * (x - y), old, NEW["head"])
     assert_close([ahead], [expected])
@@ -238,7 +238,7 @@ def test_a_wide_slow_weight_takes_what_is_new_and_keeps_its_bits_elsewhere(
     new = {"a": jnp.asarray([1.0, 0.0, jnp.nan], dtype)}
     got = transform(set_slow_params)(state, new)
     assert got.slow_params["a"].dtype == jnp.float32
-    # Its own rounding is no new value, and a NaN none to go on from.
+    # A parameter that is the slow weight's rounding is not new, and NaN is ignored.
     np.testing.assert_array_equal(
         got.slow_params["a"], wide["a"].at[1].set(0.0).astype(jnp.float32)
     )
@@ -350,7 +350,7 @@ def test_replicas_that_all_overwrite_a_parameter_still_sync_together():
         grads = jnp.broadcast_to(rate[:, None], params.shape)
         updates, state = update(grads, state, params)
         params = optax.apply_updates(params, updates)
-    # Two steps of 0.1 times the mean gradient of 2, from what was written.
+    # Two steps of 0.1 times the mean gradient of 2, from the new values.
     np.testing.assert_allclose(params, jnp.full((2, 2), 4.6), rtol=1e-6)
     np.testing.assert_array_equal(state.steps_since_sync, [0, 0])
 

@@ -1,4 +1,4 @@
-"""Does `slow_params` find the slow weights, wherever a wrapper has put them?"""
+"""Does `slow_params` find the slow weights in any wrapper?"""
 
 import re
 
@@ -155,7 +155,7 @@ OTHER_TREES = {
 }
 
 
-# Optax's own vector of complex and real parameters warns when it is taken apart.
+# JAX warns when a vector of complex and real parameters is unflattened.
 @pytest.mark.filterwarnings("ignore:Casting from complex:DeprecationWarning")
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("name", OTHER_TREES)
@@ -199,6 +199,6 @@ def test_a_vector_of_a_part_is_refused_with_both_shapes_and_read_with_that_part(
         slow_params(state, TREE)
     for name in ("optax.flatten", "optax.masked", "optax.partition"):
         assert name in str(refusal.value)
-    # What it says: that wrapper's state, with that part.
+    # The remedy: that wrapper's state, with that part.
     part = {"a": TREE["a"]}
     np.testing.assert_array_equal(slow_params(state, part)["a"], TREE["a"])

@@ -1,4 +1,4 @@
-"""Does `replica_axes` say of every state what is each replica's own?"""
+"""Does `replica_axes` find the arrays that replicas share in any state?"""
 
 import jax
 import jax.numpy as jnp

@@ -310,7 +310,7 @@ def loop(name, dtype):
 
 
 def deviation(name, form, dtype):
-    """Returns how far from the loop replicas get, and how far they may."""
+    """Returns how much replicas differ from the loop, and how much they may."""
     with precision(dtype):
         run = list(train(ROWS[name], form, *problem(dtype, ROWS[name].steps)))
     bound = 1e-12
@@ -541,7 +541,7 @@ def test_one_bad_shard_leaves_out_the_whole_replica_or_if_manual_the_shard(form)
         np.testing.assert_allclose(got, np.stack([expected] * 3), rtol=1e-5, atol=1e-6)
 
 
-# Small things.
+# Special cases.
 
 
 def test_arrays_without_elements_are_parameters_too():

@@ -326,7 +326,7 @@ def test_flax_names_the_field_that_a_checkpoint_of_another_tree_lacks():
 def test_update_names_the_leaf_where_an_unpickled_state_is_of_other_parameters(
     params, message
 ):
-    # With an inner optimizer that has no say in the matter.
+    # SGD, which does not read the parameters and so raises no error itself.
     tx = lookahead(optax.sgd(0.1))
     state = pickle.loads(pickle.dumps(tx.init(initial_params())))
     with pytest.raises(ValueError, match=message):
@@ -361,7 +361,7 @@ def from_release(name):
     saved = arrays(saved["state"])
     anchor = saved["anchor"]
     if name == "interpolate":
-        # As it comes from a pickle: with what it has no anchor of as None.
+        # As in a pickle of that release: None for fields that are not interpolated.
         moments = {"mu": anchor["0"]["mu"], "nu": anchor["0"]["nu"]}
         anchor = optax.ScaleByAdamState(count=None, **moments), optax.EmptyState()
         saved["anchor"] = flax.serialization.to_state_dict(state.anchor)

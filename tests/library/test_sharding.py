@@ -1,6 +1,6 @@
 """Is training on many devices the same training, with the slow weights in place?
 
-Steps are judged against one device, compiled programs against the inner optimizer's.
+Steps are compared with one device, compiled programs with the inner optimizer's.
 That every inner optimizer keeps types with shardings is in `test_optax_conformance.py`.
 """
 
@@ -68,7 +68,7 @@ def loss(params, batch, out_sharding=None):
 
 
 def explicit_loss(shardings):
-    """Returns the loss with the gathers that explicit axes want to see written."""
+    """Returns the loss with the gathers that explicit axes require."""
     mesh = shardings["w1"].mesh
 
     def gathered(sharding):
@@ -128,7 +128,7 @@ def test_a_run_on_a_mesh_is_the_run_on_one_device(layout, axis_type):
     with use_mesh(mesh):
         params = jax.device_put(initial_params(), shardings)
         on_mesh = jax.device_put(batches(), NamedSharding(mesh, P(None, "data")))
-        # Without `out_shardings`, which would put everything in its place.
+        # Without `out_shardings`, which would repair a wrong sharding.
         step = jax.jit(train_step(gradient))
         visited = train(step, params, TX.init(params), on_mesh)
         for params, state in visited:

@@ -41,7 +41,7 @@ def batches(number):
 
 
 def test_ppo_in_nested_scans_is_the_loop_over_its_minibatches():
-    # Iterations of epochs of minibatches that are shuffled anew, as PureJaxRL has it.
+    # Iterations of epochs of minibatches that are shuffled again, as in PureJaxRL.
     iterations, epochs, minibatches = 2, 2, 4
     data = batches(iterations * minibatches).reshape(iterations, minibatches, 8, 4)
     inner = optax.chain(optax.clip_by_global_norm(0.5), optax.adam(0.1, eps=1e-5))
@@ -267,7 +267,7 @@ def test_float0_gradients_of_integers_work_where_the_inner_optimizer_accepts_the
     }
     tx = around[loop]
 
-    # As they come, Optax takes them no more than it does alone.
+    # Unchanged, they are refused inside lookahead just where Optax alone refuses them.
     def one_step(tx):
         updates, _ = tx.update(gradient(params), tx.init(params), params)
         return optax.apply_updates(params, updates)

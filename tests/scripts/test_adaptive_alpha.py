@@ -1,4 +1,4 @@
-"""Does the adaptive alpha land on the minimum of the loss along its line?"""
+"""Is the adaptive alpha at the minimum of the loss between slow and fast weights?"""
 
 import functools
 import json
@@ -64,7 +64,7 @@ def told(tx, grad_fn):
 
 @functools.cache
 def both(name, k, is_told):
-    """Returns slow weights and alphas of the syncs, and what the paper has for them."""
+    """Returns slow weights and alphas of the syncs, and those of the paper."""
     inner, recurrence = INNERS[name]
     diagonal, b, start = quadratic()
 

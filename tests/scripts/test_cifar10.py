@@ -1,7 +1,7 @@
-"""Does the CIFAR example read what it should, train as it says, and refuse the rest?
+"""Does the CIFAR example read the archives, train as it says, and refuse bad input?
 
-The archives are written here in the format of the published ones. A small network
-stands in for the ResNet where compiling that would be all that takes time.
+The archives are written here in the format of the published ones. Where only compiling
+the ResNet would take time, a small network takes its place.
 """
 
 import functools
@@ -70,7 +70,7 @@ def write_archive(path, members, dumps=python_2_pickle):
 
 
 class Tiny(nn.Module):
-    """Has what the example needs of a model; the images' mean is BatchNorm's first."""
+    """A small model for the example; its BatchNorm sees the images' mean first."""
 
     momentum: float = 0.9
 
@@ -264,7 +264,7 @@ def test_strided_convolutions_pad_both_sides_as_in_pytorch():
     @jax.jit
     def rows_seen(x):
         variables = model.init(jax.random.key(0), x, False)
-        # Without a zero or a sign, all of what the corner sees counts.
+        # Positive weights, so that everything that the corner sees has an effect.
         variables = jax.tree.map(lambda leaf: jnp.abs(leaf) + 0.1, variables)
         return jnp.abs(jax.grad(corner)(x, variables)).sum(axis=(0, 2, 3)) > 0
 

@@ -1,4 +1,4 @@
-"""Do the examples run as the README calls them, and refuse a mistake in one line?"""
+"""Do the examples run as the README calls them, and report a mistake in one line?"""
 
 import re
 

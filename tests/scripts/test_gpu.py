@@ -1,4 +1,4 @@
-"""Does the benchmark for GPUs keep what it has, whatever fails?
+"""Does the benchmark for GPUs keep its results when something fails?
 
 `.ci/run` runs all of it at a small size.
 """
@@ -12,7 +12,7 @@ from forms import FORMS, OURS, UPSTREAM
 from timing import kernels
 
 # As XLA writes it: a fusion and a branch of which one side copies, and the other does
-# nothing, are two kernels, besides one that is under way until it is done.
+# nothing, are two kernels, and an asynchronous copy is one.
 PROGRAM = """HloModule jit_step, entry_computation_layout={(f32[8]{0})->f32[8]{0}}
 
 %same (a: f32[8]) -> f32[8] {

@@ -1,4 +1,4 @@
-"""Does the example with several processes agree with one, and leave none behind?"""
+"""Does the example with several processes agree with one, and leave none running?"""
 
 import argparse
 import json
@@ -61,7 +61,7 @@ def is_running(pid):
 def wait_until(condition, seconds=PATIENCE):
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, "timed out"
         time.sleep(0.02)
 
 

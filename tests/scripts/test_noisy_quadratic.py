@@ -1,4 +1,4 @@
-"""Have the trajectories the mean and the variance that the paper's theory gives?
+"""Do the trajectories have the mean and the variance of the paper's theory?
 
 On the noisy quadratic model everything is known exactly, `quadratic_theory.py`. The
 whole grid, of which this is a handful, is in `examples/noisy_quadratic.py`.

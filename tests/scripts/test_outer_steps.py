@@ -1,4 +1,4 @@
-"""Does the script on outer steps say what its runs say, whatever stops them?"""
+"""Does the benchmark of outer steps report its runs, also after an interruption?"""
 
 import json
 import math
@@ -24,7 +24,7 @@ from optax_lookahead import slow_params
 NAN, INF = math.nan, math.inf
 TEXTS = {name: bytes([i]) * 100 * i for i, name in enumerate("abcdefgh", start=1)}
 
-# What the pairs say.
+# Verdicts from pairs of runs.
 
 
 def test_the_mean_and_its_error_are_those_of_numpy():
@@ -133,7 +133,7 @@ def test_when_time_is_up_the_last_seeds_of_all_arms_are_missing():
 
 
 class Stub:
-    """Takes the place of the trainer: losses that are made up, and what it was asked.
+    """Takes the place of the trainer: it makes losses up and records what is asked.
 
     The best rate is the middle one; `stop` is called with the number of each run.
     """
@@ -154,7 +154,7 @@ class Stub:
 
 @pytest.fixture
 def stub(monkeypatch):
-    """Runs the script in no time, up to what it prints."""
+    """Replaces the trainer and the text, so that the script runs without training."""
 
     class Fresh(Stub):
         asked: ClassVar[list] = []

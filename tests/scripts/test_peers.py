@@ -1,4 +1,4 @@
-"""Does the comparison with other packages refuse a mistake, and miss one, in a line?
+"""Does the comparison report a mistake, or a missing package, in one line?
 
 `.ci/run` runs all of it at a small size, without a peer.
 """

@@ -1,4 +1,4 @@
-"""Does the benchmark of TPU programs count what a program moves, and no more?
+"""Does the benchmark of TPU programs count exactly the bytes that a program moves?
 
 The figures it must give are counted by hand, from the sizes in the text.
 """
