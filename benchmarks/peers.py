@@ -14,7 +14,7 @@ Addons needs another NumPy); they take turns, a cycle of each form in each round
 are within a process and a round.
 
 Whether a form is Lookahead is checked too: its parameters over three cycles against
-Algorithm 1 in NumPy (`tests/reference.py`).
+Algorithm 1 in NumPy (`tests/helpers/reference.py`).
 
     python -m pip install -e ".[peers]"
     python benchmarks/peers.py            # 20 x 500,000 and 20 x 1,500,000 float32
@@ -40,7 +40,7 @@ from tqdm import tqdm
 HERE = pathlib.Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "tests"))
 
-import reference  # noqa: E402
+from helpers import reference  # noqa: E402
 from peer_forms import ALPHA, INNER_ALONE  # noqa: E402
 
 FRAMEWORKS = ("jax", "torch", "tensorflow")

@@ -1,7 +1,7 @@
 """What all tests share; `README.md` beside it says where a test belongs.
 
 Every test sees eight CPU devices, and a silent broadcast is an error. XLA compiles
-quickly, see `compiling.py`, and slow tests run only on request.
+quickly, see `helpers/compiling.py`, and slow tests run only on request.
 """
 
 import gc
@@ -10,9 +10,9 @@ import subprocess
 import sys
 import tempfile
 
-import compiling
 import jax
 import pytest
+from helpers import compiling
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from compiling import as_shipped
+from helpers.compiling import as_shipped
+from helpers.meshes import make_mesh
+from helpers.rows import slow_but
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from meshes import make_mesh
 from messages import (
     BRANCHES,
     COLLECTIVE,
@@ -19,7 +20,6 @@ from messages import (
     messages,
     nbytes,
 )
-from rows import slow_but
 
 from optax_lookahead import (
     average_replicas,

@@ -12,10 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import reference
-import transformer
 from flax import nnx
-from trees import assert_close, types
+from helpers import reference, transformer
+from helpers.trees import assert_close, types
 
 from optax_lookahead import (
     ema_nesterov,

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import transformer
-from compiling import as_shipped
+from helpers import transformer
+from helpers.compiling import as_shipped
 
 from optax_lookahead import lookahead, outer_loop, slow_params
 

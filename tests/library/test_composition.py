@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from training import trajectory, two_loops
+from helpers.training import trajectory, two_loops
 
 from optax_lookahead import lookahead, slow_params
 

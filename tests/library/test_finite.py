@@ -13,8 +13,8 @@ import ml_dtypes
 import numpy as np
 import optax
 import pytest
-from compiling import as_shipped
-from rows import slow_but
+from helpers.compiling import as_shipped
+from helpers.rows import slow_but
 
 from optax_lookahead import lookahead, outer_loop, slow_params
 from optax_lookahead._state import is_finite

@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 from flax.training.dynamic_scale import DynamicScale
 from flax.training.train_state import TrainState
-from training import two_loops
+from helpers.training import two_loops
 
 from optax_lookahead import lookahead, slow_params, with_inner_state
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from pages import run_block
+from helpers.pages import run_block
 
 from optax_lookahead import lookahead, outer_loop
 

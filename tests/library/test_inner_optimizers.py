@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from optimizers import (
+from helpers.optimizers import (
     EXCLUDED,
     EXPORTED,
     INPUTS,
@@ -23,7 +23,13 @@ from optimizers import (
     make,
     telling_optimizers,
 )
-from trees import assert_close, is_key, is_weakly_typed, shapes_and_dtypes, types
+from helpers.trees import (
+    assert_close,
+    is_key,
+    is_weakly_typed,
+    shapes_and_dtypes,
+    types,
+)
 
 from optax_lookahead import lookahead, slow_params
 

@@ -10,13 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import reference
 from flax import nnx
 from flax.training.train_state import TrainState
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from meshes import make_mesh
-from noisy_problem import START, gradient, numpy_gradient, to_tree, to_vector
-from optimizers import (
+from helpers import reference
+from helpers.meshes import make_mesh
+from helpers.noisy_problem import START, gradient, numpy_gradient, to_tree, to_vector
+from helpers.optimizers import (
     NAMES,
     START as WEIGHTS,
     arguments,
@@ -25,8 +24,9 @@ from optimizers import (
     multi_steps,
     telling_optimizers,
 )
-from training import scanned, trajectory
-from trees import as_arrays, is_weakly_typed, shapes_and_dtypes, types
+from helpers.training import scanned, trajectory
+from helpers.trees import as_arrays, is_weakly_typed, shapes_and_dtypes, types
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from optax_lookahead import lookahead, outer_loop, slow_params
 

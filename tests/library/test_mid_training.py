@@ -13,8 +13,8 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-import reference
-from pages import run_block
+from helpers import reference
+from helpers.pages import run_block
 
 from optax_lookahead import lookahead, outer_loop, slow_params, with_inner_state
 

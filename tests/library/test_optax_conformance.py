@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers.meshes import make_mesh, use_mesh
+from helpers.training import scanned, trajectory
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from meshes import make_mesh, use_mesh
-from training import scanned, trajectory
 
 from optax_lookahead import lookahead, slow_params
 

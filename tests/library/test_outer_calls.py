@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from compiling import as_shipped
+from helpers.compiling import as_shipped
+from helpers.rows import slow_but
 from jax.experimental import checkify
-from rows import slow_but
 
 from optax_lookahead import lookahead, outer_loop
 

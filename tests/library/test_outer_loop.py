@@ -1,6 +1,6 @@
 """Does an outer optimizer take the slow step, and only that?
 
-The recurrences of the papers are in `reference.py`, and compared in float64.
+The recurrences of the papers are in `helpers/reference.py`, and compared in float64.
 """
 
 import jax
@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import reference
-from training import scanned
+from helpers import reference
+from helpers.training import scanned
 
 from optax_lookahead import lookahead, outer_loop, slow_params
 

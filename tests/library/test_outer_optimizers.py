@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers.meshes import make_mesh, use_mesh
+from helpers.training import scanned, trajectory, two_loops_with_outer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from meshes import make_mesh, use_mesh
-from training import scanned, trajectory, two_loops_with_outer
 
 from optax_lookahead import lookahead, outer_loop
 

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from optimizers import multi_steps
+from helpers.optimizers import multi_steps
 
 from optax_lookahead import (
     average_replicas,

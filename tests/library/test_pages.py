@@ -1,7 +1,7 @@
 """Does everything that the pages show run, and do their links lead somewhere?
 
-`pages.py` says how a block is labelled. A `pycon` block is a doctest, which pytest runs
-by itself.
+`helpers/pages.py` says how a block is labelled. A `pycon` block is a doctest, which
+pytest runs by itself.
 """
 
 import re
@@ -15,7 +15,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
-from pages import (
+from helpers.pages import (
     LABEL,
     LABELLED,
     PAGES,
@@ -26,7 +26,7 @@ from pages import (
     python_blocks,
     run_block,
 )
-from training import scanned, two_loops_with_outer
+from helpers.training import scanned, two_loops_with_outer
 
 from optax_lookahead import lookahead, slow_params
 

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from compiling import as_shipped
-from training import trajectory
-from trees import bits
+from helpers.compiling import as_shipped
+from helpers.training import trajectory
+from helpers.trees import bits
 
 from optax_lookahead import lookahead, slow_params
 

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import reference
-from noisy_problem import START, gradient, numpy_gradient, to_tree, to_vector
-from rows import slow_but
-from training import scanned, trajectory
+from helpers import reference
+from helpers.noisy_problem import START, gradient, numpy_gradient, to_tree, to_vector
+from helpers.rows import slow_but
+from helpers.training import scanned, trajectory
 
 from optax_lookahead import lookahead, slow_params
 

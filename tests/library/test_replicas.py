@@ -18,12 +18,12 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-import transformer
 from flax import nnx
+from helpers import transformer
+from helpers.meshes import make_mesh
+from helpers.pages import run_block
+from helpers.rows import slow_but
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from meshes import make_mesh
-from pages import run_block
-from rows import slow_but
 
 from optax_lookahead import (
     average_replicas,

@@ -13,8 +13,8 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
+from helpers.rows import slow_but
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from rows import slow_but
 
 from optax_lookahead import lookahead, outer_loop, slow_params
 

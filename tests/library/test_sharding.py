@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from compiling import as_shipped
+from helpers.compiling import as_shipped
+from helpers.meshes import make_mesh, reshard, use_mesh
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from meshes import make_mesh, reshard, use_mesh
 
 from optax_lookahead import lookahead, outer_loop, slow_params
 

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers.meshes import make_mesh
+from helpers.training import scanned, trajectory, two_loops
+from helpers.trees import assert_close, bits
 from jax.experimental import checkify
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from meshes import make_mesh
-from training import scanned, trajectory, two_loops
-from trees import assert_close, bits
 
 from optax_lookahead import average_replicas, lookahead, outer_loop, slow_params
 

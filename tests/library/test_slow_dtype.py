@@ -11,10 +11,10 @@ import ml_dtypes
 import numpy as np
 import optax
 import pytest
-from compiling import as_shipped
 from flax import nnx
-from training import scanned, trajectory
-from trees import bits
+from helpers.compiling import as_shipped
+from helpers.training import scanned, trajectory
+from helpers.trees import bits
 
 from optax_lookahead import lookahead, outer_loop, slow_params
 

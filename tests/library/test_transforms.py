@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers.training import scanned, trajectory
 from jax.experimental import serialize_executable
-from training import scanned, trajectory
 
 from optax_lookahead import lookahead, outer_loop, slow_params
 

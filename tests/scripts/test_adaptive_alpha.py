@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import reference
 from adaptive_alpha import adaptive_alpha
-from commands import check_refused, run_here
+from helpers import reference
+from helpers.commands import check_refused, run_here
+from helpers.training import scanned, trajectory
 from jax.flatten_util import ravel_pytree
-from training import scanned, trajectory
 
 from optax_lookahead import outer_loop
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from commands import EXAMPLES, check_refused, run
+from helpers.commands import EXAMPLES, check_refused, run
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 

@@ -7,7 +7,7 @@ import re
 
 import crash
 import pytest
-from commands import BENCHMARKS, check_refused, run
+from helpers.commands import BENCHMARKS, check_refused, run
 
 SCRIPT = BENCHMARKS / "crash.py"
 

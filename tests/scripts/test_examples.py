@@ -6,7 +6,7 @@ import digits
 import nnx_language_model
 import outer_optimizers
 import pytest
-from commands import EXAMPLES, check_refused, run
+from helpers.commands import EXAMPLES, check_refused, run
 
 TINY = ("--seeds", 1, "--width", 8, "--depth", 1, "--context", 8, "--batch", 2)
 

@@ -7,8 +7,8 @@ import json
 
 import gpu
 import pytest
-from commands import check_refused, run_here
 from forms import FORMS, OURS, UPSTREAM
+from helpers.commands import check_refused, run_here
 from timing import kernels
 
 # As XLA writes it: a fusion and a branch of which one side copies, and the other does

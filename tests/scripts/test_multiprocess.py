@@ -13,7 +13,7 @@ import time
 import multiprocess
 import numpy as np
 import pytest
-from commands import EXAMPLES, check_refused
+from helpers.commands import EXAMPLES, check_refused
 
 ENDLESS = ("--steps", 10**6)
 PATIENCE = 120  # seconds, for a loaded machine

@@ -19,8 +19,8 @@ import optax
 import pytest
 import quadratic_runs as runs
 import quadratic_theory as theory
-from commands import check_refused, run_here
-from rows import slow_but
+from helpers.commands import check_refused, run_here
+from helpers.rows import slow_but
 from scipy.linalg import solve_discrete_lyapunov
 
 from optax_lookahead import lookahead, outer_loop, slow_params

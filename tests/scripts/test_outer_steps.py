@@ -13,11 +13,11 @@ import outer_steps
 import outer_steps_report as reports
 import pytest
 import source_text
-from commands import check_refused, run_here
+from helpers.commands import check_refused, run_here
+from helpers.rows import slow_but
 from optax import contrib
 from outer_steps import ARMS, FULL, QUICK, K
 from outer_steps_report import DIVERGED, DONE, NOT_RUN, RATES, SEEDS, paired
-from rows import slow_but
 
 from optax_lookahead import slow_params
 

@@ -6,7 +6,7 @@
 import peer_forms
 import peers
 import pytest
-from commands import check_refused
+from helpers.commands import check_refused
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import optax
 import pytest
 import robustness
 import tuned_curves
-from commands import EXAMPLES, check_refused, run, run_here
+from helpers.commands import EXAMPLES, check_refused, run, run_here
 
 from optax_lookahead import lookahead, slow_params
 

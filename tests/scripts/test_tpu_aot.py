@@ -7,7 +7,7 @@ import os
 import runpy
 
 import pytest
-from commands import BENCHMARKS, run
+from helpers.commands import BENCHMARKS, run
 
 SCRIPT = BENCHMARKS / "tpu_aot.py"
 # As the compiler for TPUs writes it: `p` is brought onto the chip, S(1), in two slices

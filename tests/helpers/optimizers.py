@@ -9,7 +9,8 @@ import numpy as np
 import optax
 import optax.contrib
 import pytest
-from rows import slow_but
+
+from .rows import slow_but
 
 STEPS = 9
 

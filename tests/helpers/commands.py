@@ -9,7 +9,7 @@ import sys
 from typing import NamedTuple
 from unittest import mock
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 EXAMPLES, BENCHMARKS = ROOT / "examples", ROOT / "benchmarks"
 
 

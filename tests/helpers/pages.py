@@ -17,7 +17,7 @@ import re
 import textwrap
 from typing import NamedTuple
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 TESTED = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
 # Their links are checked, too.
 PAGES = sorted({*TESTED, *ROOT.glob("*.md"), *ROOT.glob("[a-z]*/README.md")})
