@@ -232,7 +232,7 @@ def measure(
             }
             row |= program.counts._asdict()
             row["kernels"] = kernels(program.compiled.as_text() or "")
-        except Exception as error:  # whatever it is, the other rows go on
+        except Exception as error:  # of any type: the other rows are still measured
             row["error"] = describe(error)
             gc.collect()
         save()

@@ -432,7 +432,7 @@ def carry_out(
         else:
             try:
                 row |= train(row["arm"], row["rate"], row["seed"], row["steps"])
-            except Exception as error:  # whatever it is, the other runs go on
+            except Exception as error:  # of any type: the other runs still start
                 row["status"] = f"{FAILED}: {describe(error)}"
                 print(f"{row['arm']}: {row['status']}", flush=True)
                 gc.collect()  # a program is in a cycle, and so are its arrays

@@ -7,8 +7,8 @@ alpha = 0.5, the optimizer step alone. A peer that is not installed is a line in
 table.
 
 Where the slow weights are touched only at a sync, four steps are cheap and the fifth
-is slow, so the unit is a whole cycle; the slowest step of a cycle stands beside it, as
-that is what latency sees. Every step is waited for. Each framework is a process
+is slow, so the unit is a whole cycle; the table also has the slowest step of a cycle,
+which decides latency. Every step is waited for. Each framework is a process
 of its own, since their thread pools would share the cores otherwise (and TensorFlow
 Addons needs another NumPy); they take turns, a cycle of each form in each round. Ratios
 are within a process and a round.
@@ -151,7 +151,7 @@ def rows_of(
     inner: str,
     unit: int,
     held: dict[str, int],
-    strays: dict[str, float],
+    deviation_of: dict[str, float],
     rounds: list[dict[str, list[float]]],
 ) -> list[Row]:
     rows = []
@@ -174,7 +174,7 @@ def rows_of(
                 high,
                 float(np.max(np.median(ratios, axis=0))),
                 (held[key] - held[alone]) / unit,
-                strays[key],
+                deviation_of[key],
             )
         )
     return rows
@@ -183,7 +183,7 @@ def rows_of(
 def measure(
     peers: list[Peer], inner: str, leaves: int, size: int, rounds: int, bar: tqdm
 ) -> list[Row]:
-    strays = {peer: deviations(peer, inner) for peer in peers}
+    deviation_of = {peer: deviations(peer, inner) for peer in peers}
     held = {
         peer: peer.ask("build", inner=inner, leaves=leaves, size=size, k=K)
         for peer in peers
@@ -197,7 +197,9 @@ def measure(
     return [
         row
         for peer in peers
-        for row in rows_of(peer, inner, unit, held[peer], strays[peer], times[peer])
+        for row in rows_of(
+            peer, inner, unit, held[peer], deviation_of[peer], times[peer]
+        )
     ]
 
 

@@ -1,4 +1,4 @@
-"""The blocks of Python on the pages, found by the label that stands above each.
+"""The blocks of Python on the pages, found by the label above each.
 
 A block is labelled by a comment on the line above its fence, which no reader sees:
 

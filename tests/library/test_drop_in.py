@@ -148,7 +148,7 @@ def test_a_loop_that_turns_integers_and_flags_into_floats_trains(slow_dtype, tra
     # `optax.apply_updates` does not, but a loop's own `p + u` does.
     start = {"w": jnp.ones(2), "n": jnp.asarray([3, -2]), "on": jnp.asarray(True)}
     grads = {"w": jnp.ones(2), "n": jnp.asarray([0.5, -2.0]), "on": jnp.asarray(1.0)}
-    ways = {}
+    results = {}
     for name, tx in {
         "alone": optax.sgd(0.3),
         "lookahead": lookahead(optax.sgd(0.3), 2, 0.5, slow_dtype=slow_dtype),
@@ -165,11 +165,11 @@ def test_a_loop_that_turns_integers_and_flags_into_floats_trains(slow_dtype, tra
                 slow = slow_params(state, params)
                 for leaf in ("n", "on"):
                     np.testing.assert_array_equal(slow[leaf], params[leaf])
-        ways[name] = params
+        results[name] = params
     for leaf in ("n", "on"):
-        assert ways["alone"][leaf].dtype == jnp.float32
+        assert results["alone"][leaf].dtype == jnp.float32
         for name in ("lookahead", "outer"):
-            np.testing.assert_allclose(ways[name][leaf], ways["alone"][leaf])
+            np.testing.assert_allclose(results[name][leaf], results["alone"][leaf])
 
 
 FRESH = {

@@ -172,7 +172,7 @@ PARAMS = {"w": jnp.array([[1.0, -2.0], [0.5, 3.0]]), "b": jnp.array([0.3, -0.7])
 LABELS = {"w": "x", "b": "y"}
 SGD = optax.sgd(falling, momentum=0.9)  # its schedule is at [1]
 RATE = 0.5 - 0.05 * 5  # which the sixth step took
-DECAY = optax.add_decayed_weights(falling)  # whose count stands still in Optax 0.2.6
+DECAY = optax.add_decayed_weights(falling)  # whose count does not change in Optax 0.2.6
 DECAYED = 6 * int(DECAY.update(PARAMS, DECAY.init(PARAMS), PARAMS)[1].count)
 KEPT = {
     "sgd": (SGD, {"[1].count": 6}),

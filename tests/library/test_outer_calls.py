@@ -93,8 +93,8 @@ def by_hand(name, x):
         updates, state = inner.update(gradient(fast, step), state, fast)
         fast = optax.apply_updates(fast, updates)
         if (step + 1) % K == 0:
-            way = jax.tree.map(jnp.subtract, slow, fast)
-            updates, outer_state = outer.update(way, outer_state, slow)
+            pseudo_grads = jax.tree.map(jnp.subtract, slow, fast)
+            updates, outer_state = outer.update(pseudo_grads, outer_state, slow)
             fast = slow = optax.apply_updates(slow, updates)
     return loss(fast)
 
@@ -297,9 +297,9 @@ def test_python_branches_and_numpy_schedules_work_in_an_eager_loop():
     slow, count = np.ones(3), 0
     for _ in range(2):
         fast = slow * 0.9 * 0.9
-        way = slow - fast
-        rate = 0.5 if np.sum(way**2) > 0.1 else falling(count)
-        slow, count = slow - rate * way, count + 1
+        pseudo_grad = slow - fast
+        rate = 0.5 if np.sum(pseudo_grad**2) > 0.1 else falling(count)
+        slow, count = slow - rate * pseudo_grad, count + 1
     tx = outer_loop(optax.sgd(0.1), eager, 2)
     params = jnp.ones(3)
     state = tx.init(params)
@@ -355,7 +355,7 @@ def test_ordered_callbacks_inside_it_run_once_in_every_update(transform):
 def test_its_own_arguments_reach_it_alone_and_override_a_shared_name():
     seen = {}
 
-    def remember(name):
+    def recorder(name):
         def update(updates, state, params=None, **extra_args):
             extra_args.pop("inner_step", None)
             seen[name] = extra_args
@@ -363,7 +363,7 @@ def test_its_own_arguments_reach_it_alone_and_override_a_shared_name():
 
         return optax.GradientTransformationExtraArgs(lambda params: (), update)
 
-    tx = outer_loop(remember("inner"), remember("outer"), 2)
+    tx = outer_loop(recorder("inner"), recorder("outer"), 2)
     params = jnp.ones(2)
     state = tx.init(params)
     tx.update(params, state, params, value=1, both=2)

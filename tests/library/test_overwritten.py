@@ -291,7 +291,7 @@ def test_one_member_of_a_population_takes_the_weights_of_another(x64):
 
 
 def test_merged_adapters_keep_the_whole_merge_in_a_frozen_matrix():
-    # ReLoRA: W takes B A in mid-cycle, B starts from 0, A is drawn anew.
+    # ReLoRA: W takes B A in mid-cycle, B starts from 0, A is drawn again.
     labels = {"W": "frozen", "B": "lora", "A": "lora"}
     inner = optax.partition(
         {"frozen": optax.set_to_zero(), "lora": optax.sgd(0.1)}, labels

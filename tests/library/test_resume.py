@@ -91,7 +91,7 @@ def assert_same_bits(tree, expected):
         assert a.tobytes() == b.tobytes(), where
 
 
-# Ways to save a tree, each with its way to restore it into a tree like `template`.
+# Functions that save a tree and restore it into a tree like `template`.
 
 
 def orbax(folder, tree, template):

@@ -1,6 +1,6 @@
 """Do training scripts of other kinds train as two plain loops would?
 
-Each has its own way to call an optimizer: in nested scans, beside a target network,
+Each calls the optimizer differently: in nested scans, beside a target network,
 with gradients from several levels of a hierarchy, under another of JAX's checks.
 """
 

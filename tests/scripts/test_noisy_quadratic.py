@@ -98,7 +98,7 @@ def test_two_cycles_are_exactly_the_linear_map_of_the_theory(name, x64):
         left = () if len(z) == 1 else (-rate * trace(state),)
         return jnp.stack([params, *left])
 
-    # It is linear, so wherever it is differentiated the derivative is the whole map.
+    # It is linear, so its derivative at any point is the whole map.
     z, noises = jnp.zeros(len(system.noise)), jnp.zeros(2 * steps)
     transition, of_noise = jax.jit(jax.jacfwd(two_cycles, argnums=(0, 1)))(z, noises)
     theirs = theory.repeat(system, 2)
