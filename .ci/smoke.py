@@ -1,4 +1,4 @@
-"""Does the installed distribution train, with nothing beside its two dependencies?"""
+"""Does the installed distribution train with its two dependencies alone?"""
 
 import importlib.metadata
 import pathlib

@@ -1,6 +1,6 @@
-"""Claim: a run that is killed again and again ends as one that never was, bit for bit.
+"""Claim: a run that is killed again and again ends bit for bit like one that is not.
 
-The trainer, an MLP on scikit-learn's digits, is a process of its own that saves
+The trainer, an MLP on scikit-learn's digits, is a separate process that saves
 parameters and optimizer state every few steps with Orbax's asynchronous
 `CheckpointManager`. It is killed with SIGKILL at random moments of three kinds: while a
 checkpoint is being written, around an ordinary step, and while a restart restores. Each
@@ -59,7 +59,7 @@ def load_data() -> Data:
 
 
 def trainer(folder: pathlib.Path, data: Data, connection: Connection) -> None:
-    """Trains until told to stop; says what it does next, and does it when it may."""
+    """Trains until told to stop; announces each event and waits for permission."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the parent cleans up
 
     def may(event: str, step: int) -> bool:
@@ -108,7 +108,7 @@ def trainer(folder: pathlib.Path, data: Data, connection: Connection) -> None:
 
 
 class Doom(NamedTuple):
-    """When to kill: `delay` seconds after the trainer set about its n-th `event`."""
+    """When to kill: `delay` seconds after the trainer began its n-th `event`."""
 
     event: str
     n: int
@@ -119,8 +119,8 @@ class Kill(NamedTuple):
     """What a kill hit."""
 
     doom: Doom
-    resumed: int | None  # the step that this life went on from, None before it did
-    step: int  # the last one that it set about
+    resumed: int | None  # the step that the trainer resumed from, None before it did
+    step: int  # the last one that it began
     in_save: bool
 
 
@@ -175,7 +175,7 @@ class Runner:
             time.sleep(doom.delay)
         if process.exitcode != -signal.SIGKILL:
             stop(f"the trainer died by itself, exit code {process.exitcode}.")
-        # Before a trainer has cleaned up, what is there is of an earlier kill.
+        # Until the trainer has cleaned up, unfinished checkpoints are of earlier kills.
         return Kill(doom, resumed, step, doom.event != "restore" and self.unfinished())
 
     def await_begin_of_save(self, step: int) -> None:
@@ -202,7 +202,7 @@ def inside(kills: list[Kill]) -> int:
 
 
 def draw_doom(rng: np.random.Generator, number: int) -> Doom:
-    """Draws a way to die; half of them are in a save, and most let a save succeed."""
+    """Draws when to kill: half are in a save, and before most of them one succeeds."""
     match ("save", "step", "save", "restore")[number % 4]:
         case "save":
             return Doom("save", int(rng.integers(2, 4)), rng.uniform(0, 0.05))

@@ -32,7 +32,7 @@ def naive(
     k: int,
     choose: Callable[[jax.Array, list, list, list], Any],
 ) -> optax.GradientTransformation:
-    """Returns lookahead as one writes it down; `choose` decides what a step does."""
+    """Returns lookahead without optimizations; `choose` decides between the steps."""
 
     def update(updates, state, params=None):
         inner_state, slow, step = state
@@ -73,7 +73,7 @@ def cond(sync, us, ps, phis):
 class LoopCond:
     """`lax.cond` where a training loop could have it, after its parameters' step.
 
-    No transformation can do that: there the updates would have to be kept for it.
+    A transformation cannot do that: the updates would have to be stored for it.
     """
 
     def __init__(self, inner: optax.GradientTransformation, k: int):
@@ -121,7 +121,7 @@ ALL = FORMS | POLICIES
 
 
 class Form:
-    """One form of one optimizer, ready to be put into a step."""
+    """One form of one optimizer, with what a training step calls."""
 
     def __init__(self, name: str, tx: Any):
         self.name, self.tx = name, tx

@@ -10,13 +10,13 @@ Two things are timed, parameters and state donated, the forms of a case interlea
   time and the time to copy what lookahead adds, at the card's own copy speed.
 
 The copy speed is that of a donated `x + 1` of the parameters in the same rounds, bytes
-read and written. `inner alone, again` is the inner optimizer a second time: as far as
-its ratio is off 1, so far can the others be by chance. *Peak* is what the compiler
+read and written. `inner alone, again` is the inner optimizer a second time: by as much
+as its ratio differs from 1, others can differ by chance. *Peak* is what the compiler
 reserves for a step, *kernels* how many instructions of the optimized program launch
 something. Float32 matrices are multiplied as JAX does by default, here in TF32.
 
-Results are written after every program. What fails, for lack of memory say, is a row
-that says so, and so is what would start when `--budget` seconds are spent.
+Results are written after every program. If one fails, for lack of memory for example,
+its row says so, and so does the row of one that would start after `--budget` seconds.
 
     python benchmarks/gpu.py --json benchmarks/results/gpu.json    # eight minutes
     python benchmarks/gpu.py --quick    # small, also on a CPU
@@ -57,7 +57,7 @@ from timing import (
     side_by_side,
 )
 
-# Of a turn: a multiple of k, and long enough that the first launch is little of it.
+# Steps in a turn: a multiple of k, and so many that the first launch hardly matters.
 STEPS = {STEP: 50, LAYERS: 10, TRANSFORMER: 5}
 SEVEN = [form for form in FORMS if form != WIDE]
 SIX = [form for form in SEVEN if form != NESTEROV]
@@ -138,7 +138,7 @@ def layers(case: Case) -> Model:
 def transformer(case: Case) -> Model:
     """A causal language model, computed in bfloat16, its layers in a scan.
 
-    Without positions and without scales in its norms, which cost next to nothing.
+    Without positions and without scales in its norms, which cost almost nothing.
     """
     depth, width, heads = case.leaves, case.size, case.size // 64
     vocabulary, context = (20_480, 1024) if case.batch > 2 else (64, 8)
@@ -232,7 +232,7 @@ def measure(
             }
             row |= program.counts._asdict()
             row["kernels"] = kernels(program.compiled.as_text() or "")
-        except Exception as error:  # whatever it is, the other rows go on
+        except Exception as error:  # of any type: the other rows are still measured
             row["error"] = describe(error)
             gc.collect()
         save()

@@ -24,17 +24,17 @@ Muon is for the layers' matrices; AdamW with 0.15 times its rate trains the rest
 The steps are one jitted scan of 150, which is called again and again, so that rate,
 seed and length are values and each arm is compiled once.
 
-Results are saved after every run. What fails is a row that says so, and so is what
-would start after 35 minutes, in all calls together. Seeds are run in turn, so the last
-of them are what is cut. A second call with the same file goes on, and tries what failed
-again:
+Results are saved after every run. If a run fails, its row says so, and so does the row
+of a run that would start after 35 minutes, in all calls together. All arms run one seed
+after the other, so that the last seeds are left out. A second call with the same file
+continues, and tries again what failed:
 
     python benchmarks/outer_steps.py --json outer_steps.json     # one GPU, 35 minutes
     python benchmarks/outer_steps.py --json outer_steps.json --this-call 9    # a part
     python benchmarks/outer_steps.py --from-json outer_steps.json --picture steps.png
     python benchmarks/outer_steps.py --quick    # shrunk, on a CPU; says nothing
 
-`JAX_COMPILATION_CACHE_DIR` spares the later parts the compiling.
+With `JAX_COMPILATION_CACHE_DIR` the later parts need not compile again.
 """
 
 import argparse
@@ -218,7 +218,7 @@ def norm(x: jax.Array) -> jax.Array:
 
 
 def rotate(x: jax.Array) -> jax.Array:
-    """Tells the positions, by turning pairs of features of (batch, time, head, 2 n)."""
+    """Rotary embedding of positions; `x` has the shape (batch, time, head, 2 n)."""
     half = x.shape[-1] // 2
     angles = (
         jnp.arange(x.shape[1])[:, None] * 1000.0 ** (-jnp.arange(half) / half)[None]
@@ -279,14 +279,14 @@ def attention_here(size: Size) -> Attention:
 
     try:
         jax.block_until_ready(jax.jit(jax.grad(attend))(jnp.ones(shape, COMPUTE)))
-    except Exception as error:  # there are many that say that it does not
+    except Exception as error:  # of many types
         print(f"attention by XLA, since cuDNN's failed: {describe(error)}")
         return "xla"
     return "cudnn"
 
 
 class Run(NamedTuple):
-    """What a scan carries on."""
+    """The carry of the scan."""
 
     params: Params
     opt_state: optax.OptState
@@ -432,7 +432,7 @@ def carry_out(
         else:
             try:
                 row |= train(row["arm"], row["rate"], row["seed"], row["steps"])
-            except Exception as error:  # whatever it is, the other runs go on
+            except Exception as error:  # of any type: the other runs still start
                 row["status"] = f"{FAILED}: {describe(error)}"
                 print(f"{row['arm']}: {row['status']}", flush=True)
                 gc.collect()  # a program is in a cycle, and so are its arrays
@@ -537,7 +537,7 @@ def run_all(parser: Parser, args: argparse.Namespace) -> Row:
     def save():
         result["seconds"] = clock.spent()
         if args.json:
-            # By way of another file, so that a kill leaves a whole one.
+            # Through another file, so that a kill leaves a complete one.
             part = args.json.with_suffix(".part")
             part.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
             part.replace(args.json)

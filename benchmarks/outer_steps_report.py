@@ -21,7 +21,7 @@ Row = dict[str, Any]
 
 
 class Paired(NamedTuple):
-    """What pairs of losses say, of which lower is better."""
+    """The comparison of pairs of losses; lower is better."""
 
     n: int  # pairs in which both are finite
     mean: float  # of the differences
@@ -61,8 +61,8 @@ def steps_saved(
 
     `short` and `long` are the steps of two of its runs, each with its rate brought to
     zero, and their losses, between which the loss is taken to fall with the logarithm
-    of the steps. Beyond `long` it falls more slowly, so there are rather more steps to
-    save than that. NaN where it did not fall.
+    of the steps. Beyond `long` it falls more slowly, so the true number is rather
+    larger. NaN where it did not fall.
     """
     slope = (short[1] - long[1]) / math.log(long[0] / short[0])
     if not slope > 0:
@@ -81,7 +81,7 @@ def of(rows: Iterable[Row], stage: str, arm: str) -> list[Row]:
 
 def chosen_rate(rows: list[Row], arm: str) -> float | None:
     """Returns the rate of the least loss in the trials, or None if none was finite."""
-    # What runs have been made with stays, whatever trials are added to it.
+    # A rate that runs were made with does not change when trials are added.
     for row in of(rows, SEEDS, arm):
         if row["status"] in (DONE, DIVERGED):
             return row["rate"]
@@ -90,7 +90,7 @@ def chosen_rate(rows: list[Row], arm: str) -> float | None:
 
 
 def compare(rows: list[Row], arm: str, alone: str, reading: str) -> Paired:
-    """Compares an arm with its inner optimizer alone; that, with its last weights."""
+    """Compares an arm with its inner optimizer, and that with its own last weights."""
     read = "last" if arm == alone else reading
     pairs = [
         (loss(mine, reading), loss(other, read))

@@ -7,14 +7,14 @@ alpha = 0.5, the optimizer step alone. A peer that is not installed is a line in
 table.
 
 Where the slow weights are touched only at a sync, four steps are cheap and the fifth
-is slow, so the unit is a whole cycle; the slowest step of a cycle stands beside it, as
-that is what latency sees. Every step is waited for. Each framework is a process
-of its own, since their thread pools share the cores otherwise (and TensorFlow Addons
-needs another NumPy); they take turns, a cycle of each form in each round, and the
-others wait meanwhile. Ratios are within a process and a round.
+is slow, so the unit is a whole cycle; the table also has the slowest step of a cycle,
+which decides latency. Every step is waited for. Each framework is a process
+of its own, since their thread pools would share the cores otherwise (and TensorFlow
+Addons needs another NumPy); they take turns, a cycle of each form in each round. Ratios
+are within a process and a round.
 
 Whether a form is Lookahead is checked too: its parameters over three cycles against
-Algorithm 1 in NumPy (`tests/reference.py`).
+Algorithm 1 in NumPy (`tests/helpers/reference.py`).
 
     python -m pip install -e ".[peers]"
     python benchmarks/peers.py            # 20 x 500,000 and 20 x 1,500,000 float32
@@ -40,7 +40,7 @@ from tqdm import tqdm
 HERE = pathlib.Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "tests"))
 
-import reference  # noqa: E402
+from helpers import reference  # noqa: E402
 from peer_forms import ALPHA, INNER_ALONE  # noqa: E402
 
 FRAMEWORKS = ("jax", "torch", "tensorflow")
@@ -54,7 +54,7 @@ TOLERANCE = 1e-4  # float32 over 15 steps of values around 1; a missed sync give
 
 
 class PeerError(Exception):
-    """A framework that is not there or stopped working, in one line."""
+    """A framework that is not installed or stopped working, in one line."""
 
 
 class Peer:
@@ -87,7 +87,7 @@ class Peer:
         """Returns the last line that the process wrote, if there is one."""
         self.log.seek(0)
         lines = self.log.read().strip().splitlines()
-        return f" Its last words: {lines[-1]}" if lines else ""
+        return f" Its last line: {lines[-1]}" if lines else ""
 
     def close(self) -> None:
         self.process.stdin.close()
@@ -113,7 +113,7 @@ class Row(NamedTuple):
 
 
 def deviations(peer: Peer, inner: str) -> dict[str, float]:
-    """Returns how far each form strays from Algorithm 1 in three cycles."""
+    """Returns how far each form is from Algorithm 1 in three cycles."""
     rng = np.random.default_rng(0)
     sizes = (16, 1, 7)
     params = [rng.standard_normal(size).astype(np.float32) for size in sizes]
@@ -151,7 +151,7 @@ def rows_of(
     inner: str,
     unit: int,
     held: dict[str, int],
-    strays: dict[str, float],
+    deviation_of: dict[str, float],
     rounds: list[dict[str, list[float]]],
 ) -> list[Row]:
     rows = []
@@ -174,7 +174,7 @@ def rows_of(
                 high,
                 float(np.max(np.median(ratios, axis=0))),
                 (held[key] - held[alone]) / unit,
-                strays[key],
+                deviation_of[key],
             )
         )
     return rows
@@ -183,7 +183,7 @@ def rows_of(
 def measure(
     peers: list[Peer], inner: str, leaves: int, size: int, rounds: int, bar: tqdm
 ) -> list[Row]:
-    strays = {peer: deviations(peer, inner) for peer in peers}
+    deviation_of = {peer: deviations(peer, inner) for peer in peers}
     held = {
         peer: peer.ask("build", inner=inner, leaves=leaves, size=size, k=K)
         for peer in peers
@@ -197,7 +197,9 @@ def measure(
     return [
         row
         for peer in peers
-        for row in rows_of(peer, inner, unit, held[peer], strays[peer], times[peer])
+        for row in rows_of(
+            peer, inner, unit, held[peer], deviation_of[peer], times[peer]
+        )
     ]
 
 
@@ -207,7 +209,7 @@ def check_ours(rows: list[Row], unit: int) -> None:
         if row.form != "optax_lookahead":
             continue
         if row.deviation > TOLERANCE:
-            stop(f"optax_lookahead strays from Algorithm 1 by {row.deviation:g}.")
+            stop(f"optax_lookahead differs from Algorithm 1 by {row.deviation:g}.")
         if round(row.extra * unit) != unit + 8:
             stop(
                 f"optax_lookahead holds {round(row.extra * unit)} bytes more, not "
@@ -291,7 +293,7 @@ def main() -> None:
             running.append(peers[-1])
             versions |= about["versions"]
             missing += about["missing"]
-        # What `taskset` left us, where the system can tell.
+        # The cores that `taskset` allows, where the system can tell.
         affinity = getattr(os, "sched_getaffinity", None)
         cores = len(affinity(0)) if affinity else os.cpu_count()
         print(

@@ -1,10 +1,9 @@
-"""Text to train on that is there already: the source code of installed packages.
+"""Text to train on without a download: the source code of installed packages.
 
-Nothing is downloaded and nothing written. It takes the `*.py` files of the standard
-library and of the distributions whose metadata names a permissive licence and no other.
-What a package carries of others, in `_vendor` and the like, may have another licence
-and is left out. So are long files, which are mostly tables, and files that are the same
-as an earlier one.
+It takes the `*.py` files of the standard library and of the distributions whose
+metadata names a permissive licence and no other. Code of others in a package, in
+`_vendor` and similar folders, may have another licence and is left out. So are long
+files, which are mostly tables, and files that are the same as an earlier one.
 """
 
 import hashlib
@@ -44,7 +43,7 @@ class Text(NamedTuple):
 
 
 def is_permissive(metadata: importlib.metadata.PackageMetadata) -> bool:
-    """Whether all that the metadata says of the licence is a permissive one."""
+    """Whether the metadata name a permissive licence and no other."""
     # Older metadata have the whole licence in one field.
     field = next(iter(metadata.get_all("License", [""])[0].splitlines()), "")
     said = [field, *metadata.get_all("License-Expression", [])]
@@ -83,7 +82,7 @@ def read(
         for path in sorted(paths):
             if path.suffix != ".py" or VENDORED & set(path.parts):
                 continue
-            # A distribution may list what is not there.
+            # A distribution may list files that do not exist.
             content = path.read_bytes() if path.is_file() else b""
             digest = hashlib.sha256(content).digest()
             if 0 < len(content) <= LONGEST and digest not in seen:

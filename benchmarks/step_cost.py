@@ -7,7 +7,7 @@ the other, round after round, in one process, and the reported ratio is the medi
 rounds of the time in that round over the inner optimizer's: noise of the machine that
 lasts longer than a round cancels.
 
-Beside it stand figures that no noise reaches: what the compiled step accesses, its
+The table also has figures without noise: what the compiled step accesses, its
 temporaries and arguments, and what it writes over them, in units of the parameters'
 size N; and the floor, the bytes of all arrays that a step has to read or write, each
 once. It exits with 1 if a step is traced twice, if lookahead adds anything but 2 N to
@@ -27,7 +27,7 @@ Everything at once would be thousands of programs, so these slices of it are mea
     python benchmarks/step_cost.py --quick    # some of each, at a small size
     python benchmarks/step_cost.py --slices inners --json step_cost.json
 
-`gpu.py` is for what a GPU is needed for.
+`gpu.py` is the benchmark for GPUs.
 """
 
 import itertools
@@ -164,7 +164,7 @@ class Row(NamedTuple):
 
 def measure(case: Case, seconds: float) -> list[Row]:
     programs = programs_of(case)
-    # A form begins its turn with cold caches, so where k varies, turns are as long.
+    # Caches are cold at the start of a turn, so where k varies, turns are equally long.
     steps = EVERY_K if case.slice == "k" else case.k
     times = side_by_side(programs, steps, seconds)
     copy_speed = programs[COPY].floor / statistics.median(times[COPY])

@@ -5,7 +5,7 @@ k and alpha of `lookahead` may be traced values, as learning rate and momentum o
 240 runs of an MLP on scikit-learn's digits, is one `vmap` over one training run: one
 compilation, and batched kernels.
 
-Against it stands a loop in which every run is a program of its own, with its values as
+It is compared with a loop in which every run is a separate program, with its values as
 Python numbers. Only a random sample of that loop is run; its time is scaled up to 240
 runs, and its results must agree with those of the sweep. A third form, one program for
 a single run that is called 240 times with other values, shows what traced values give
@@ -38,7 +38,7 @@ MOMENTA = (0.0, 0.5, 0.8, 0.9)
 CYCLES = ((5, 0.5), (5, 0.8), (10, 0.5), (10, 0.8))
 SEEDS = (0, 1, 2)
 DTYPES = {int: np.int32, float: np.float32}
-# Batched kernels add in another order, and training amplifies that.
+# Batched kernels add in another order, and training amplifies the rounding errors.
 TOLERANCE = 1e-2
 
 
@@ -125,13 +125,13 @@ def pick(tree: Any, i: int) -> Any:
 
 
 def largest_difference(expected: Any, got: Any) -> float:
-    """Returns that of any number in the two trees."""
+    """Returns the largest absolute difference of two trees."""
     differences = jax.tree.map(lambda e, g: np.max(np.abs(e - g)), expected, got)
     return float(max(jax.tree.leaves(differences)))
 
 
 def print_best(losses: np.ndarray) -> None:
-    """Prints for each cycle what its best learning rate and momentum lead to."""
+    """Prints the loss of the best learning rate and momentum for each k and alpha."""
     shape = len(LEARNING_RATES), len(MOMENTA), len(CYCLES), len(SEEDS)
     means = losses.reshape(shape).mean(axis=-1)
     rows = []

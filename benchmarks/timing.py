@@ -1,4 +1,4 @@
-"""What the benchmarks share: programs that are counted, and timed side by side."""
+"""What the benchmarks share: counting what programs do, and timing them in turns."""
 
 import argparse
 import functools
@@ -17,8 +17,8 @@ import jax
 import optax
 
 LEAST_ROUNDS = 5
-LEAST_ROUND = 0.02  # seconds, so that starting and stopping the clock is little of it
-# Other names for bytes that are there already.
+LEAST_ROUND = 0.02  # seconds, so that reading the clock hardly matters
+# Instructions that only rename bytes.
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast"}
 HEAD = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*\{$")
 INSTRUCTION = re.compile(r" += .*? ([a-z][a-z0-9-]*)\((.*)")
@@ -41,7 +41,7 @@ def nbytes(tree: Any) -> int:
 def kernels(text: str) -> int:
     """Returns how many instructions of a text of optimized HLO launch something.
 
-    Of a branch the longer side counts, of a loop one turn.
+    Of a branch the longer side counts, of a loop one iteration.
     """
     bodies: dict[str, list[tuple[str, str]]] = {}
     name = ""
@@ -68,7 +68,7 @@ def kernels(text: str) -> int:
 
 
 class Program:
-    """A compiled step with what it carries on, which it is given to overwrite.
+    """A compiled step and its carry, which is donated.
 
     `step(carry, *inputs)` returns the next carry. It is compiled here.
     """

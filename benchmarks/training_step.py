@@ -1,16 +1,16 @@
 """Claim: in a whole training step lookahead costs at most 1 % over its inner optimizer.
 
-One jitted program makes the gradients and takes the optimizer's step, with parameters
+One jitted program computes the gradients and the optimizer's step, with parameters
 and state donated, for the CNN of `examples/digits.py`, a ResNet-18 on synthetic 32x32
 images, and the transformer of `examples/nnx_language_model.py` at its own size and at
 the larger one that its docstring names; and for 20 dense layers, in which little is
 computed with each parameter. The claim is about steps longer than 5 ms.
 
 The forms take their steps in turns in one process. `inner alone, again` is the inner
-optimizer a second time: as far as its ratio is off 1, so far can the others be by
-chance. Beside the times stand the time to trace and compile, and the temporaries of
-the compiled program less those of the inner optimizer's, in units of the parameters'
-size N.
+optimizer a second time: by as much as its ratio differs from 1, others can differ by
+chance. The table also has the time to trace and compile, and the temporaries of the
+compiled program minus those of the inner optimizer's, in units of the parameters' size
+N.
 
     python benchmarks/training_step.py
     python benchmarks/training_step.py --quick    # small models; checks temporaries
@@ -197,8 +197,8 @@ def measure(
         name: program.counts.temporary - programs[ALONE].counts.temporary
         for name, program in programs.items()
     }
-    # Half a copy of the parameters is where a trick would pay; in dense layers alone,
-    # which are no real model, XLA's CPU backend makes a whole one: see README.md.
+    # At most half a copy of the parameters. In dense layers alone, which are not a real
+    # model, XLA's CPU backend makes a whole one: see README.md.
     most = unit if task.only_dense else unit / 2
     if extra[OURS] > most:
         raise AssertionError(

@@ -4,13 +4,13 @@
 in [0.2, 1] at which a quadratic model of the loss with a diagonal curvature A is least,
 on the line from the slow to the fast weights: Proposition 1 of the Lookahead paper.
 
-The script trains the CNN of `digits.py`, which must stand beside it, with Adam: alone,
+The script trains the CNN of `digits.py`, from the same folder, with Adam: alone,
 in `lookahead` with a fixed alpha, and with a chosen one. A is nu, Adam's average of the
 squared gradients (the diagonal of the empirical Fisher matrix), or sqrt(nu), or
 sqrt(nu) / rate, with which Adam's step is a Newton step. The gradient at the end of a
-cycle is modelled from the last one, or computed there on a fresh batch. As controls for
-a choice that mostly takes one of its bounds, alpha is also fixed at the lower one, and
-one or the other by the toss of a coin. All see the same batches and starts.
+cycle is modelled from the last one, or computed there on a fresh batch. The choice is
+mostly one of its bounds. So the controls are alpha fixed at the lower bound, and one
+bound or the other at random. All have the same batches and initial weights.
 
 It prints, for each rate and form, the loss on the training images and the test accuracy
 after the last sync, and of all chosen alphas the mean and how many were at a bound. On
@@ -63,9 +63,9 @@ def adaptive_alpha(curvature, min_alpha=MIN_ALPHA, max_alpha=MAX_ALPHA):
       max_alpha: Largest step size.
 
     Returns:
-      An optimizer for `outer_loop(inner, outer, k)`. The model gives g too, from the
-      last inner step, as grads + A * updates. The argument `outer_args={"grad_fn":
-      grad_fn}` of `update` gives it in place of that, one more gradient at each sync.
+      An optimizer for `outer_loop(inner, outer, k)`. By default the model also gives g,
+      from the last inner step, as grads + A * updates. With `outer_args={"grad_fn":
+      grad_fn}` as argument of `update`, g is computed: one more gradient at each sync.
     """
 
     def init(params):
@@ -82,12 +82,12 @@ def adaptive_alpha(curvature, min_alpha=MIN_ALPHA, max_alpha=MAX_ALPHA):
             moved = optax.tree.mul(diagonal, inner_step.updates)
             grads = optax.tree.add(inner_step.grads, moved)
         else:
-            # What is made on other steps is dropped, but a gradient costs too much.
+            # On other steps the result is dropped, but would cost a gradient.
             theta = optax.tree.add(params, d)
             grads = jax.lax.cond(inner_step.sync, grad_fn, optax.tree.zeros_like, theta)
         slope = optax.tree.vdot(grads, d)
         curve = optax.tree.vdot(d, optax.tree.mul(diagonal, d))
-        # Divided where it is defined only, for `jax_debug_nans` and derivatives.
+        # Divides only where it is defined, for `jax_debug_nans` and derivatives.
         least = 1 - slope / jnp.where(curve > 0, curve, 1)
         least = jnp.clip(least, min_alpha, max_alpha)
         alpha = jnp.where(curve > 0, least, max_alpha)
@@ -100,7 +100,7 @@ def adaptive_alpha(curvature, min_alpha=MIN_ALPHA, max_alpha=MAX_ALPHA):
 
 
 class Form(NamedTuple):
-    """One way to train."""
+    """One method of training."""
 
     name: str
     alpha: Any = None  # fixed or scheduled
@@ -166,6 +166,8 @@ def train(form: Form, data, rate: float, seed: int, args, bar):
         params, state = train_step(form, args.k, params, state, rate, batch, fresh)
         if form.curvature is not None and i % args.k == 0:
             alphas.append(float(state.outer_state.alpha))
+        if i == 1:
+            bar.unpause()  # the time to compile says nothing about the other steps
         bar.update()
     loss = loss_fn(params, data.train_x, data.train_y)
     return loss, 100 * accuracy(params, data.test_x, data.test_y), alphas
@@ -175,7 +177,8 @@ def train_all(args: argparse.Namespace) -> list[dict[str, str]]:
     """Returns the rows of the table."""
     data, rows = load_data(), []
     settings = [(rate, form) for rate in args.rates for form in FORMS]
-    with tqdm(total=len(settings) * args.seeds * args.steps, unit="step") as bar:
+    total = len(settings) * args.seeds * args.steps
+    with tqdm(total=total, unit="step", smoothing=0) as bar:
         for rate, form in settings:
             bar.set_description(f"{form.name}, gradient {form.gradient}, {rate:g}")
             runs = [

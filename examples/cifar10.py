@@ -14,28 +14,28 @@ Published, final test accuracy in %:
     CIFAR-10      95.23 ± 0.19   94.84 ± 0.16   95.27 ± 0.06
     CIFAR-100     78.24 ± 0.18   76.88 ± 0.39   78.34 ± 0.05
 
-Lookahead's means are within a standard deviation of SGD's. What shrinks is the spread,
-of which a single seed shows nothing.
+Lookahead's means are within a standard deviation of SGD's. The spread is smaller, which
+a single seed cannot show.
 
 This has not been run on CIFAR yet, only narrow networks on small archives in the same
 format, such as one of scikit-learn's digits. A run at full size is 2.9e16
-floating-point operations (as XLA counts them), so it wants an accelerator. The data are
+floating-point operations (as XLA counts them), so use an accelerator. The data are
 the python versions at https://www.cs.toronto.edu/~kriz/cifar.html, as downloaded:
 
     python examples/cifar10.py --data cifar-10-python.tar.gz
     python examples/cifar10.py --data cifar-100-python.tar.gz --seed 1 \
         --optimizer sgd adam lookahead --checkpoint runs
 
-With `--checkpoint` a run that was stopped goes on after its last whole epoch. All the
+With `--checkpoint` a run that was stopped continues after its last whole epoch. All
 devices of the process train together, each on its part of every batch; BatchNorm takes
 its statistics over the whole batch, on any number of devices. On GPUs and TPUs the
 network computes in bfloat16, with weights, statistics and optimizer in float32.
 
-BatchNorm's running statistics lag behind the weights, and in lookahead they are of the
-fast ones. So before an evaluation statistics are measured, with the weights in
-question, on batches of training images; for SGD and Adam too, to be fair. The table at
-the end also has the running statistics, which PyTorch code evaluates with: the
-optimizer that the authors published swaps the weights alone.
+BatchNorm's running statistics lag behind the weights, and in lookahead they belong to
+the fast weights. So each evaluation first measures statistics on training images, with
+the weights that are evaluated; for SGD and Adam too. The table at the end also has
+accuracies with the running statistics, which PyTorch code uses: the optimizer that the
+authors published swaps the weights alone.
 """
 
 import argparse
@@ -87,7 +87,7 @@ class Data(NamedTuple):
 
 
 class ArrayUnpickler(pickle.Unpickler):
-    """Loads arrays and plain Python values; any other pickle can run what it likes."""
+    """Loads arrays and plain Python values; other pickles could run any code."""
 
     def find_class(self, module: str, name: str) -> Any:
         allowed = {
@@ -254,7 +254,7 @@ def shuffled(images: int, batch: int, *seed: int) -> np.ndarray:
 
 
 def mean_and_std(x: np.ndarray) -> list[np.ndarray]:
-    """Returns them by channel, to broadcast over images."""
+    """Returns mean and deviation of each channel, to broadcast over images."""
     planes = np.split(x, 3, axis=1)
     return [
         np.float32([stat(plane) for plane in planes]).reshape(1, 1, 1, 3)
@@ -314,7 +314,7 @@ def make_programs(model, mesh: Mesh, mean, std) -> Programs:
 
 
 def wait_on_cpu(results):
-    """Returns them when they are there: virtual CPU devices can deadlock on a queue."""
+    """Waits for results on CPUs: with a queue, their virtual devices can deadlock."""
     cpu = jax.default_backend() == "cpu"
     return jax.block_until_ready(results) if cpu else results
 
@@ -360,7 +360,7 @@ def open_checkpoints(name: str, data: Data, args) -> ocp.CheckpointManager:
 
 
 def train(name: str, data: Data, programs: Programs, state, args, bar) -> Run:
-    """Trains with one optimizer, or goes on from its last checkpoint."""
+    """Trains with one optimizer, from its last checkpoint if there is one."""
     key, history = jax.random.key(args.seed), np.full((2, args.epochs), np.nan)
     start = 0
     if args.checkpoint:
@@ -385,6 +385,8 @@ def train(name: str, data: Data, programs: Programs, state, args, bar) -> Run:
             state, loss = wait_on_cpu(
                 programs.update(state, data.train_x, data.train_y, rows, key)
             )
+            if not losses:
+                bar.unpause()  # leaves compiling and evaluating out of the estimate
             losses.append(loss)
             bar.update()
         losses = np.array(losses)

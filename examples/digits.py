@@ -1,8 +1,8 @@
 """Train a Flax CNN on handwritten digits, with and without lookahead.
 
 The same `TrainState` loop runs SGD with momentum and Adam, each alone and inside
-`lookahead`, each at a comfortable and at a too large learning rate, over several
-seeds, on the 1,797 real 8x8 images that come with scikit-learn. The control of the too
+`lookahead`, each at a suitable and at a too large learning rate, over several
+seeds, on the 1,797 real 8x8 images that come with scikit-learn. The control for the too
 large rate is the optimizer alone at alpha times that rate, since lookahead's steps are
 shorter by about alpha. It prints a table of all and draws the losses of SGD.
 
@@ -84,7 +84,7 @@ def accuracy(params, x, y):
 
 @jax.jit
 def train_step(state, x, y):
-    """A training step that knows nothing of lookahead."""
+    """A training step for any optimizer."""
     loss, grads = jax.value_and_grad(loss_fn)(state.params, x, y)
     return state.apply_gradients(grads=grads), loss
 
@@ -112,6 +112,8 @@ def train(tx, data: Digits, seed: int, steps: int, k: int, bar, weights) -> Run:
             test, whole = (data.test_x, data.test_y), (data.train_x, data.train_y)
             accuracies.append([accuracy(params, *test) for params in trees])
             train_losses.append([loss_fn(params, *whole) for params in trees])
+        if step == 1:
+            bar.unpause()  # the time to compile says nothing about the other steps
         bar.update()
     return Run(
         np.array(losses),
@@ -134,7 +136,8 @@ def train_all(args: argparse.Namespace) -> dict[tuple[str, str, str], list[Run]]
             ("too large", "lookahead"),
         )
     ]
-    with tqdm(total=len(settings) * args.seeds * args.steps, unit="step") as bar:
+    total = len(settings) * args.seeds * args.steps
+    with tqdm(total=total, unit="step", smoothing=0) as bar:
         for name, rate, wrapper in settings:
             bar.set_description(f"{name}, {rate}, {wrapper}")
             inner = INNERS[name][0](learning_rate(name, rate, args))
@@ -162,7 +165,7 @@ def print_table(runs, args: argparse.Namespace) -> None:
         f"\n{args.steps} updates of {BATCH} images, k = {args.k}, alpha = "
         f"{args.alpha:g}: mean ± standard deviation over {args.seeds} seeds.\n"
         f"Each seed counts with its mean over the last {CYCLES} cycles, one update "
-        "before the sync,\nwhere the fast weights have gone furthest.\n"
+        "before the sync,\nwhere fast and slow weights differ most.\n"
     )
     row = "{:<6}{:<20}{:<10}{:>17}{:>17}{:>14}{:>14}"
     loss, test = "train loss", "test %"
@@ -187,7 +190,7 @@ def print_table(runs, args: argparse.Namespace) -> None:
 
 
 def draw(runs, args: argparse.Namespace) -> None:
-    # Few words in large letters, to be read on a phone.
+    # Few words in large type, to be legible on a phone.
     with rc_context({"font.size": 15, "lines.linewidth": 2.5}):
         figure = Figure(figsize=(6.4, 5.4), layout="constrained")
         axes = figure.subplots()

@@ -44,7 +44,7 @@ def rate_of_risk(risk, alpha, curvature):
         middle = (low + high) / 2
         below = steady_risk(middle, alpha, curvature) < risk
         low, high = np.where(below, middle, low), np.where(below, high, middle)
-    # NaN where no stable rate is risky enough.
+    # NaN where no stable rate has that large a risk.
     return np.where(high < 2 / curvature.max(), low, np.nan)
 
 

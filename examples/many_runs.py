@@ -1,8 +1,8 @@
 """Train many runs of a small network in one program, and sum them up over seeds.
 
-What `robustness.py` is made of. A run is an ordinary Optax loop in `jax.lax.scan`,
-and `jax.vmap` makes it all settings of a method at once. For one seed all of these,
-in all methods, start from the same weights and see the same batches.
+For `robustness.py`. A run is an ordinary Optax loop in `jax.lax.scan`, and `jax.vmap`
+runs all settings of a method at once. With one seed all settings of all methods have
+the same initial weights and the same batches.
 """
 
 import functools
@@ -154,7 +154,7 @@ def train_all(
       seeds: Each has its own first weights and batches.
       steps: Updates in a run.
       every: Updates from one evaluation to the next; None means the last one only.
-      last: Updates at the end of a run to look at; None means all.
+      last: Updates at the end of a run that are evaluated; None means all.
     """
     last = last or steps
     measured = {name: {} for name in data_sets}
@@ -163,23 +163,28 @@ def train_all(
         for name, method in methods.items()
     }
     runs = sum(map(math.prod, shapes.values())) * len(data_sets) * len(seeds)
+    pairs = list(itertools.product(data_sets, methods))
+
+    def job(data_name, name, seed):
+        method, data = methods[name], data_sets[data_name]
+        settings = {key: np.ravel(value) for key, value in method.settings.items()}
+        return settings, init(seed, data), make_batches(seed, data, steps), data
+
+    # Before the threads start, or each of them would compile it.
+    programs = {}
+    for data_name, name in tqdm(pairs, "compiling", leave=False):
+        one = functools.partial(run, methods[name], every or last, last)
+        program = jax.jit(jax.vmap(one, in_axes=(0, None, None, None)))
+        lowered = program.lower(*job(data_name, name, seeds[0]))
+        programs[data_name, name] = lowered.compile()
     with (
-        tqdm(total=runs * steps, unit="step", unit_scale=True) as bar,
+        tqdm(total=runs * steps, unit="step", unit_scale=True, smoothing=0) as bar,
         ThreadPoolExecutor(THREADS) as pool,
     ):
-        for (data_name, data), (name, method) in itertools.product(
-            data_sets.items(), methods.items()
-        ):
+        for data_name, name in pairs:
             bar.set_description(f"{data_name}, {name}")
-            settings = {key: np.ravel(value) for key, value in method.settings.items()}
-            jobs = [
-                (settings, init(seed, data), make_batches(seed, data, steps), data)
-                for seed in seeds
-            ]
-            one = functools.partial(run, method, every or last, last)
-            program = jax.jit(jax.vmap(one, in_axes=(0, None, None, None)))
-            # Before the threads start, or each of them would compile it.
-            program = program.lower(*jobs[0]).compile()
+            program = programs[data_name, name]
+            jobs = [job(data_name, name, seed) for seed in seeds]
             results = []
             for result in pool.map(lambda job, call=program: call(*job), jobs):
                 results.append(jax.tree.map(np.asarray, result))

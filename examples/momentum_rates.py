@@ -25,7 +25,7 @@ SLOWEST_RATE = 1e-4
 
 class Wrapper(NamedTuple):
     inner_state: str | None  # None without lookahead
-    ends: bool  # whether curvatures 1 / condition and 1 are all there is
+    ends: bool  # whether 1 / condition and 1 are the only curvatures
     colour: str
     line: str
     marker: str

@@ -3,21 +3,21 @@
 Starts processes under `jax.distributed` on this machine, each with four virtual CPU
 devices. Together they train the CNN of `digits.py` with lookahead around Adam. The
 parameters, the slow weights and Adam's moments are sharded over all devices (FSDP), and
-so is each batch. In the middle of a cycle the state goes to an Orbax checkpoint, is
-deleted, and comes back from it, each shard to its device. One more process runs the
-same training on one device, without the checkpoint, and the weights are compared.
-It is float64, in which the two agree to rounding; in float32 training amplifies that.
+so is each batch. In the middle of a cycle the state is saved to an Orbax checkpoint,
+deleted, and restored, each shard to its device. One more process runs the same training
+on one device, without the checkpoint, and the weights are compared. The training is in
+float64, where the two agree to rounding; in float32 it would amplify rounding errors.
 
-With `--replicas` each process trains a replica of its own, sharded over its devices,
-and they communicate at syncs only: `outer_loop` with `average_replicas` and a Nesterov
-step. A run that was killed goes on from its checkpoint with `--resume`.
+With `--replicas` each process trains its own replica, sharded over its devices, and
+they communicate at syncs only: `outer_loop` with `average_replicas` and a Nesterov
+step. With `--resume` a run that was killed continues from its checkpoint.
 
     python examples/multiprocess.py
     python examples/multiprocess.py --processes 4 --steps 403 --folder run
     python examples/multiprocess.py --replicas --folder run
     python examples/multiprocess.py --replicas --folder run --resume
 
-It needs its neighbours `digits.py` and `command_line.py`, and Linux or macOS. In a
+It needs `digits.py` and `command_line.py` in the same folder, and Linux or macOS. In a
 cluster start one process on each host and call `jax.distributed.initialize` there;
 `train` stays as it is.
 """
@@ -82,8 +82,8 @@ def train(args: argparse.Namespace, checkpoint: pathlib.Path | None, progress):
     params = initial_params(data.train_x[:1], mesh, args)
 
     def step_fn(state, x, y):
-        # Each device computes on its rows with whole parameters, which it has only
-        # here. Without this the compiler splits layers too, and moves more data.
+        # Here, and only here, each device gathers whole parameters for its rows.
+        # Without this the compiler splits layers too, and moves more data.
         params = jax.lax.with_sharding_constraint(state["params"], replicated)
         loss, grads = jax.value_and_grad(loss_fn)(params, x, y)
         updates, opt_state = tx.update(grads, state["opt_state"], state["params"])
@@ -119,7 +119,7 @@ def train(args: argparse.Namespace, checkpoint: pathlib.Path | None, progress):
         rows = rng.integers(len(data.train_x), size=batch_shape(args))
         if checkpoint and step < checkpoint_step(args) and args.resume:
             progress.write(b".")
-            continue  # the rows are drawn all the same, so the next ones are the same
+            continue  # after drawing the rows, so that the next ones are the same
         if checkpoint and step == checkpoint_step(args):
             if not args.resume:
                 save(state, checkpoint)
@@ -142,8 +142,8 @@ def train(args: argparse.Namespace, checkpoint: pathlib.Path | None, progress):
 def initial_params(x: np.ndarray, mesh: Mesh, args: argparse.Namespace):
     """Draws parameters in shards, so that no device ever holds the whole model.
 
-    By NumPy, which gives every process the same numbers, in float64. All replicas
-    start from the same.
+    With NumPy, which gives every process the same numbers, in float64. All replicas
+    start from the same parameters.
     """
     rng = np.random.default_rng(0)
 
@@ -170,7 +170,7 @@ def evaluate(params) -> dict[str, float]:
 def shard(
     x: Any, mesh: Mesh, args: argparse.Namespace, axis: int | None = 0
 ) -> NamedSharding:
-    """Splits the first dimension that divides; without one, replicates.
+    """Shards the first dimension that the devices divide; without one, replicates.
 
     Over all devices or, with replicas on a first axis, over those of a replica. `axis`
     is None for what all replicas share.
@@ -275,7 +275,7 @@ def join_cluster(rank: int, processes: int, address: str) -> None:
 
 @contextlib.contextmanager
 def reserved_port() -> Iterator[int]:
-    """Keeps a free port from everybody but the coordinator, which process 0 starts.
+    """Reserves a free port for the coordinator, which process 0 starts.
 
     A port that is looked up and closed again could be taken before the coordinator
     binds it, seconds later. This socket stays bound, but doesn't listen; the
@@ -288,7 +288,7 @@ def reserved_port() -> Iterator[int]:
 
 
 def run_children(args: argparse.Namespace, folder: pathlib.Path) -> None:
-    """Runs all processes to their end; whatever happens, none is left behind."""
+    """Runs all processes until they end, and leaves none running if one fails."""
     ranks = {f"process-{rank}": rank for rank in range(args.processes)}
     children, context = [], multiprocessing.get_context("spawn")
     with reserved_port() as port:
@@ -329,6 +329,8 @@ def wait(children, args: argparse.Namespace, folder: pathlib.Path) -> None:
                 if child.exitcode:
                     failed.append(child)
             done = {child.name: count_steps(child, folder) for child in children}
+            if not all(done.values()):
+                bar.unpause()  # leaves the time to compile out of the estimate
             bar.update(sum(done.values()) - bar.n)
             if failed:
                 bar.close()
@@ -361,7 +363,7 @@ def describe(child, done: dict[str, int], folder: pathlib.Path) -> str:
 
 
 def report(args: argparse.Namespace, folder: pathlib.Path) -> None:
-    """Prints what both trainings came to; fails if their weights differ."""
+    """Prints the results of both trainings; fails if their weights differ."""
     several, alone = (
         json.loads((folder / f"{name}.json").read_text())
         for name in ("process-0", "alone")
@@ -423,7 +425,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         "--folder", type=pathlib.Path, help="keeps weights and checkpoint; must be new"
     )
     parser.add_argument(
-        "--resume", action="store_true", help="go on from the checkpoint in --folder"
+        "--resume", action="store_true", help="continue from the checkpoint in --folder"
     )
     parser.add_argument("--timeout", type=float, default=300, help="of all, in seconds")
     args = parser.parse_args(argv)

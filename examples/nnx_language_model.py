@@ -5,7 +5,7 @@ help topics of `pydoc`, the last tenth of which is held out. The same `nnx.Optim
 loop runs AdamW alone, AdamW with a moving average (EMA) of its weights, which is the
 control, and AdamW inside `lookahead`, with equal steps and the same grid of learning
 rates for all, over several seeds. It prints the held-out losses of the fast and of the
-slow or averaged weights, lets the slow weights write a text, and draws the losses.
+slow or averaged weights, samples a text from the slow weights, and draws the losses.
 
     python examples/nnx_language_model.py
     python examples/nnx_language_model.py --decay
@@ -57,15 +57,15 @@ class Run(NamedTuple):
 
 def load_text() -> Text:
     paragraphs = "\n\n".join(topics[name] for name in sorted(topics)).split("\n\n")
-    # Topics quote each other, so without repeats, lest the held-out part be known, and
-    # without tables, which are mostly blanks.
+    # Without repeats, since topics quote each other and the held-out part must be new,
+    # and without tables, which are mostly blanks.
     kept = dict.fromkeys(p for p in paragraphs if "--+" not in p and " | " not in p)
     text = "\n\n".join(kept).encode()
     return Text(*np.split(np.frombuffer(text, np.uint8), [len(text) * 9 // 10]))
 
 
 def windows(text: np.ndarray, starts: np.ndarray, context: int) -> np.ndarray:
-    """Returns a byte more than the context, since the targets lie one ahead."""
+    """Returns a byte more than the context, since targets are one byte ahead."""
     return text[starts[:, None] + np.arange(context + 1)].astype(np.int32)
 
 
@@ -115,7 +115,7 @@ evaluate = nnx.jit(loss_fn)
 
 @nnx.jit
 def train_step(model, optimizer, tokens):
-    """A training step that knows nothing of lookahead."""
+    """A training step for any optimizer."""
     grads = nnx.grad(loss_fn)(model, tokens)
     optimizer.update(model, grads)
 
@@ -157,11 +157,11 @@ def train(tx, models, seed: int, text: Text, args: argparse.Namespace, bar) -> R
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     rng = np.random.default_rng(seed)
     held_out = held_out_windows(text, args.context)
-    # One update before a sync, where the fast weights have gone furthest.
+    # One update before a sync, where fast and slow weights differ most.
     cycles = np.linspace(0, args.steps // args.k, EVALUATIONS + 1)[1:].astype(int)
     updates = np.unique(cycles[cycles > 0]) * args.k - 1
     losses = []
-    # Saves going through the modules at every call.
+    # Traverses the modules once rather than at every call.
     step = nnx.cached_partial(train_step, model, optimizer)
     for update in range(args.steps):
         if update in updates:
@@ -169,6 +169,8 @@ def train(tx, models, seed: int, text: Text, args: argparse.Namespace, bar) -> R
             losses.append([evaluate(weights, held_out) for weights in trained])
         starts = rng.integers(len(text.train) - args.context, size=args.batch)
         step(windows(text.train, starts, args.context))
+        if update == 0:
+            bar.unpause()  # the time to compile says nothing about the other steps
         bar.update()
     model = models(model, optimizer)[-1]
     return Run(updates, np.array(losses), float(evaluate(model, held_out)), model)
@@ -200,7 +202,7 @@ def train_all(text: Text, args: argparse.Namespace) -> dict[tuple[str, float], l
     }
     runs = {}
     total = len(wrappers) * len(args.rates) * args.seeds * args.steps
-    with tqdm(total=total, unit="step") as bar:
+    with tqdm(total=total, unit="step", smoothing=0) as bar:
         for wrapper, (wrap, models) in wrappers.items():
             for rate in args.rates:
                 bar.set_description(f"AdamW, {rate:g}, {wrapper}")
@@ -236,9 +238,9 @@ def print_table(runs, args: argparse.Namespace) -> None:
         f"{args.alpha:g}; EMA of decay {args.ema:g}.\nHeld-out loss in nats per byte: "
         f"mean ± standard deviation over {args.seeds} seeds.\n"
         f"Grid of learning rates, the same for all: {grid(args)}.\n"
-        "Before a sync: one update before the last one, where the fast weights have "
-        "gone furthest.\nAt the end: after the last update, the slow weights or the "
-        "EMA where there are such;\n* marks the best.\n"
+        "Before a sync: one update before the last one, where fast and slow weights "
+        "differ most.\nAt the end: after the last update, of the slow weights or the "
+        "EMA if there are any;\n* marks the best.\n"
     )
     row = "{:<11}{:<15}{:>21}{:>21}{:>18}"
     fast, slow = "fast, before a sync", "slow, before a sync"
@@ -276,7 +278,9 @@ def print_sample(model, context: int) -> None:
     key = jax.random.key(0)
     for place in tqdm(range(SAMPLE), desc="sample", unit="byte", leave=False):
         recent = text[-context:]
-        tokens = np.zeros(context, np.int32)  # causal: the zeros behind are not seen
+        tokens = np.zeros(
+            context, np.int32
+        )  # causal: the zeros after the text have no effect
         tokens[: len(recent)] = recent
         last = np.int32(len(recent) - 1)
         text.append(int(next_byte(model, tokens, last, jax.random.fold_in(key, place))))

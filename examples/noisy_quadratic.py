@@ -1,12 +1,12 @@
 """Check the library against exact theory on quadratics, and draw figures 3 and 4.
 
 The gradient is `a (theta - c)` with random c, so the mean and the variance of the
-weights are known exactly at every step (`quadratic_theory.py`). Three parts, whose
-files must stand beside this one:
+weights are known exactly at every step (`quadratic_theory.py`). It has three parts,
+whose files must be in the same folder:
 
   1. `quadratic_runs.py`: every method runs many thousand times over a grid of settings,
-     and its mean and variance are compared with the theory, in standard errors. One
-     beyond five, and the exit status is 1.
+     and its mean and variance are compared with the theory, in standard errors. If one
+     differs by more than five, the exit status is 1.
   2. `equal_risk.py`, figure 3 of the Lookahead paper: expected loss after 1,000 steps
      of SGD and of Lookahead (k = 5), at learning rates that end in the same
      steady-state risk. The lines are the theory, the markers runs of the optimizer.

@@ -1,9 +1,9 @@
 """Train the language model with AdamW, an EMA, lookahead, and Nesterov outer steps.
 
-The model and the text are those of `nnx_language_model.py`, which must stand beside
-this file. Each method gets the same number of runs: two settings of its own, the same
-learning rates of AdamW in both, the same seeds. A seed has the same first weights and
-the same batches in all of them.
+The model and the text are those of `nnx_language_model.py`, which must be in the same
+folder. Each method has the same number of runs: two settings, and for both the same
+learning rates of AdamW and the same seeds. A seed has the same initial weights and the
+same batches in all of them.
 
     AdamW      b2 = 0.999, Optax's default, or 0.95, usual for language models
     EMA        AdamW's default, evaluated at a moving average of its weights, of decay
@@ -14,13 +14,13 @@ the same batches in all of them.
                and one-worker DiLoCo as in MuLoCo (k = 30, eta = 0.7, mu = 0.8)
 
 AdamW's rate is warmed up and then decays to zero along a cosine, or with `--constant`
-stays. It prints the held-out losses, of the slow or averaged weights where there are
-such, and draws them.
+does not decay. The script prints the held-out losses, of the slow or averaged weights
+if there are any, and draws them.
 
 At this scale an EMA of the weights at a constant rate is the best of all. With cosine
-decay it does nothing and lookahead helps a little (0.046 nats per byte). The Nesterov
-outer steps, whose settings come from far larger models and longer runs, are a tie with
-AdamW there, or worse.
+decay it has no effect and lookahead helps a little (0.046 nats per byte). The Nesterov
+outer steps, whose settings come from far larger models and longer runs, are then as
+good as AdamW alone, or worse.
 
     python examples/outer_optimizers.py
     python examples/outer_optimizers.py --constant
@@ -110,9 +110,9 @@ METHODS = {
 
 
 def make_run(method: Method, graphdef: nnx.GraphDef, args: argparse.Namespace):
-    """Returns a run of the method, which takes all that may vary as arrays.
+    """Returns a run of the method, with setting, rate and seed as arrays.
 
-    So the method is compiled once, for all its settings, rates and seeds.
+    So the method is compiled once for all of them.
     """
     warm_up = warm_up_updates(args)
     shape = (
@@ -161,24 +161,33 @@ def train_all(args: argparse.Namespace) -> dict[str, np.ndarray]:
         (weights, make_batches(text, seed, args))
         for seed, (_, weights) in enumerate(models)
     ]
+    jobs = {
+        name: [
+            (setting, rate, *seed, held_out)
+            for setting, rate, seed in itertools.product(
+                method.settings, args.rates, seeds
+            )
+        ]
+        for name, method in METHODS.items()
+    }
+    # Before the threads start, or each of them would compile it.
+    programs = {
+        name: make_run(method, models[0][0], args).lower(*jobs[name][0]).compile()
+        for name, method in tqdm(METHODS.items(), "compiling", leave=False)
+    }
     losses = {}
-    groups = sum(len(method.settings) for method in METHODS.values()) * len(args.rates)
+    total = sum(map(len, jobs.values())) * args.steps
     with (
-        tqdm(total=groups * args.seeds * args.steps, unit="step") as bar,
+        tqdm(total=total, unit="step", smoothing=0) as bar,
         ThreadPoolExecutor(THREADS) as pool,
     ):
         for name, method in METHODS.items():
             bar.set_description(name)
-            jobs = [
-                (setting, rate, *seed, held_out)
-                for setting, rate, seed in itertools.product(
-                    method.settings, args.rates, seeds
-                )
-            ]
-            # Before the threads start, or each of them would compile it.
-            run = make_run(method, models[0][0], args).lower(*jobs[0]).compile()
             results = []
-            for result in pool.map(lambda job, run=run: np.asarray(run(*job)), jobs):
+            one = functools.partial(
+                lambda run, job: np.asarray(run(*job)), programs[name]
+            )
+            for result in pool.map(one, jobs[name]):
                 results.append(result)
                 bar.update(args.steps)
             shape = (len(method.settings), len(args.rates), args.seeds, -1)

@@ -142,7 +142,7 @@ def settings_of(method: Method) -> list[dict[str, float]]:
 
 
 def cycles_of(method: Method, setting) -> int:
-    """Returns after how many cycles nothing is left of the start."""
+    """Returns the number of cycles after which the start has no influence."""
     _, cycle, _ = method.systems(**setting)
     rho = max(float(theory.spectral_radius(cycle)), 0.1)
     # The square, 1e-7 of the start's, is far below the Monte-Carlo error.
@@ -249,25 +249,31 @@ def check_methods(
     """Returns by method each setting with each of its checks."""
     grids = {name: settings_of(method) for name, method in METHODS.items()}
     results = {name: [] for name in METHODS}
+    seed, jobs, programs = itertools.count(), {}, {}
+    for name, grid in tqdm(grids.items(), "compiling", leave=False):
+        method = METHODS[name]
+        # All of one size, for one program.
+        parts = [grid[i : i + PART] for i in range(0, len(grid), PART)]
+        jobs[name] = [
+            (steps_of(method, part[-1]), np.array([next(seed) for _ in part]), part)
+            for part in parts
+        ]
+        steps, seeds, part = jobs[name][0]
+        run = make_run(method.make, args.chains, steps_of(method, grid[-1]))
+        programs[name] = run.lower(steps, seeds, **stack(part)).compile()
     with (
-        tqdm(total=sum(map(len, grids.values())), unit="setting") as bar,
+        tqdm(total=sum(map(len, grids.values())), unit="setting", smoothing=0) as bar,
         ThreadPoolExecutor(THREADS) as pool,
     ):
-        seed = itertools.count()
         for name, method in METHODS.items():
             bar.set_description(name)
-            grid = grids[name]
-            run = make_run(method.make, args.chains, steps_of(method, grid[-1]))
-            # All of one size, for one compile.
-            parts = [grid[i : i + PART] for i in range(0, len(grid), PART)]
-            steps = [steps_of(method, part[-1]) for part in parts]
-            seeds = [np.array([next(seed) for _ in part]) for part in parts]
 
-            def measure(steps, seeds, part, run=run):
+            def measure(job, run=programs[name]):
+                steps, seeds, part = job
                 return np.asarray(run(steps, seeds, **stack(part)))
 
-            moments = pool.map(measure, steps, seeds, parts)
-            for part, of_part in zip(parts, moments, strict=True):
+            moments = pool.map(measure, jobs[name])
+            for (_, _, part), of_part in zip(jobs[name], moments, strict=True):
                 for setting, of_setting in zip(part, of_part, strict=True):
                     checks = checks_of(method, setting, of_setting, args.chains)
                     results[name].append((setting, list(checks)))

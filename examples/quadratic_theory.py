@@ -7,7 +7,7 @@ steps, and nothing has to be estimated.
 
 First closed forms, then the same and more as linear systems `z' = M z + noise`, whose
 first component is the weight. All arguments may be arrays of curvatures, rates and so
-on that broadcast against each other. NumPy only, and nothing of the library.
+on that broadcast against each other. It uses NumPy only, and no code of the library.
 """
 
 from typing import NamedTuple

@@ -3,7 +3,7 @@
 A dense network with two hidden layers learns scikit-learn's handwritten digits and its
 breast cancer data. Each experiment trains many settings over seeds that they share,
 prints its tables and draws a picture. The files `many_runs.py`, `tuned_curves.py` and
-`robustness_pictures.py` must stand beside this one:
+`robustness_pictures.py` must be in the same folder:
 
     python examples/robustness.py learning-rates   # figure 8
     python examples/robustness.py k-alpha          # figure 9 and table 5
@@ -11,9 +11,9 @@ prints its tables and draws a picture. The files `many_runs.py`, `tuned_curves.p
     python examples/robustness.py inner-state      # keep, reset or interpolate, or EMA
     python examples/robustness.py curves           # figure 5 and table 1
 
-Where nothing else is said, the inner optimizer is SGD with momentum 0.9 at a constant
-learning rate, k = 5 and alpha = 0.5, and the weights that count are the slow ones.
-Thresholds and fixed rates come from a pilot of SGD alone, on seeds of its own.
+Unless stated otherwise, the inner optimizer is SGD with momentum 0.9 at a constant
+learning rate, k = 5, alpha = 0.5, and the slow weights are evaluated. Thresholds and
+fixed rates are from pilot runs of SGD alone, with other seeds.
 """
 
 import argparse
@@ -124,8 +124,8 @@ ALPHAS = np.arange(1, 11) / 10
 def k_alpha(args: argparse.Namespace, data) -> pictures.Figure:
     cells = grid(k=KS, alpha=ALPHAS)
     methods = {
-        # As often as there are cells: then alpha = 1 is the same in every bit, where
-        # a program of another shape rounds differently, which training amplifies.
+        # As often as there are cells: then the results at alpha = 1 are equal bit for
+        # bit. A program of another shape rounds differently, and training amplifies it.
         "SGD": Method(sgd, {"rate": np.full_like(cells["alpha"], LARGE)}),
         "lookahead": Method(
             lambda k, alpha: lookahead(sgd(LARGE), k, alpha), cells, slow_weights
@@ -372,7 +372,7 @@ def main() -> None:
     pictures.save(figure, args.out)
     print(
         f"\n{args.steps} updates of {BATCH} examples; mean ± standard deviation over "
-        f"{args.seeds} seeds where nothing else is said.\nPicture: {args.out}"
+        f"{args.seeds} seeds unless stated otherwise.\nPicture: {args.out}"
     )
 
 

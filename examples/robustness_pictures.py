@@ -24,7 +24,7 @@ LOSS, ACCURACY = "training loss", "test accuracy, %"
 
 def save(figure: Figure, path: pathlib.Path) -> None:
     """Saves a picture as a PNG."""
-    # With 256 colours one full of numbers takes a third of the bytes.
+    # With 256 colours a picture full of numbers takes a third of the bytes.
     with io.BytesIO() as file:
         figure.savefig(file, dpi=110)
         Image.open(file).convert("RGB").quantize().save(path, optimize=True)

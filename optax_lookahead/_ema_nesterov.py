@@ -1,4 +1,4 @@
-"""EMA-Nesterov: the gradient is taken ahead, along an average of the past steps."""
+"""EMA-Nesterov: gradients at a point ahead, along an average of the past steps."""
 
 from typing import Any
 
@@ -15,28 +15,28 @@ def ema_nesterov(
     *,
     accumulator_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformation:
-    """EMA-Nesterov: the inner step is taken ahead, along an average of past steps.
+    """EMA-Nesterov: gradients at a point ahead, along an average of the past steps.
 
-    It goes last in a chain, behind the optimizer `inner`, whose updates it is given.
-    The parameters of the training loop are y; theta are the weights to evaluate, and
-    `slow_params` returns them:
+    Put it last in a chain, after the optimizer `inner`, whose updates it takes. The
+    parameters of the training loop are y; theta are the weights to evaluate, which
+    `slow_params` returns:
 
         y_t         = theta_t + beta_t * m_t                        m_0 = 0
         theta_{t+1} = y_t + inner(y_t)
         m_{t+1}     = gamma_t * m_t + (1 - gamma_t) * (theta_{t+1} - theta_t)
 
-    Only m is kept, one copy of the parameters, as `y_{t+1} - y_t` is
-    `inner(y_t) + beta_{t+1} * m_{t+1}`. Where the inner optimizer goes the same way in
-    every step, theta goes 1 / (1 - beta) times as far. Where somebody changes the
-    parameters outside the optimizer, theta changes with them. For training that may
-    break, put `optax.apply_if_finite` around the chain: m keeps a NaN.
+    Only m is stored, one copy of the parameters, as `y_{t+1} - y_t` is
+    `inner(y_t) + beta_{t+1} * m_{t+1}`. If the inner optimizer returns the same update
+    in every step, theta moves 1 / (1 - beta) times as far. If the parameters are
+    changed outside the optimizer, theta changes with them. A NaN stays in m: if
+    gradients may be NaN, put `optax.apply_if_finite` around the chain.
 
     Args:
-      beta: How far ahead the gradient is taken, in average steps, at least 0. At 0 this
-        is the inner optimizer, while m goes on; from 1 the steps can grow without
-        bound. Also a float scalar array or tracer, whose value is not checked, or a
-        schedule: a function from the number of the step t (int32 scalar, from 0) to
-        that value, such as one that is 0 in warm-up and at the end.
+      beta: How far ahead the gradient is taken, in average steps, at least 0. At 0 the
+        steps are those of the inner optimizer, and m is still updated; from 1 the steps
+        can grow without bound. Also a float scalar array or tracer, whose value is not
+        checked, or a schedule: a function from the step number t (int32 scalar, from 0)
+        to that value, such as one that is 0 in warm-up and at the end.
       gamma: Decay of the average per step, in [0, 1). Also an array or a schedule, as
         beta.
       accumulator_dtype: Floating dtype of m; None for that of the parameters. With
@@ -45,8 +45,8 @@ def ema_nesterov(
     Returns:
       A `GradientTransformation` whose state is an `ExtrapolationState`, with m as its
       direction and beta as its coefficient. It takes and returns updates with the tree
-      of the parameters, of any shapes, in the dtypes that it is given. A leaf that is
-      neither floating nor complex passes as it is, and so does an update of None.
+      of the parameters, of any shapes and dtypes, which do not change. A leaf that is
+      neither floating nor complex is returned unchanged, and so is an update of None.
 
     Raises:
       TypeError: If a static `beta` or `gamma` is not a real number.
@@ -79,11 +79,11 @@ def ema_nesterov(
     check_coefficient("beta", beta, "[0, inf)", remedy)
     remedy = "the decay of the average per step, for example `gamma=0.99`"
     check_coefficient("gamma", gamma, "[0, 1)", remedy)
-    return extrapolation(_turn, _step, gamma, beta, accumulator_dtype)
+    return extrapolation(_new_direction, _step, gamma, beta, accumulator_dtype)
 
 
-def _turn(u: Any, m: Any, beta: Any, gamma: Any) -> Any:
-    # theta moves by all that y is ahead of it, and by the inner step from there.
+def _new_direction(u: Any, m: Any, beta: Any, gamma: Any) -> Any:
+    # theta moves to y and takes the inner step from there.
     return gamma * m + (1 - gamma) * (beta * m + u)
 
 

@@ -1,8 +1,8 @@
-"""Optimizers whose parameters stand off the weights to evaluate, by one direction.
+"""Optimizers whose parameters are off the weights to evaluate, along one direction.
 
 y, the parameters of the loop, is w + coefficient * direction, and w are the weights to
-evaluate. The direction is all that has to be kept: with u the inner update that was
-computed at y, the new direction and the step of y follow from it and from u alone.
+evaluate. Only the direction is stored: the new direction and the step of y follow from
+it and from the inner update u that was computed at y.
 """
 
 from collections.abc import Callable
@@ -19,14 +19,14 @@ class ExtrapolationState(NamedTuple):
     """State of the transformations `ema_nesterov` and `primal_averaging`.
 
     The weights to evaluate are `params - coefficient * direction`; read them with
-    `optax_lookahead.slow_params`, at any depth of a chain or a wrapper. The names of
+    `optax_lookahead.slow_params`, at any depth in chains and wrappers. The names of
     this type and of its fields are the checkpoint format.
 
     Attributes:
-      step_count: Updates so far, saturating. Schedules see it.
+      step_count: Updates so far, saturating. Schedules are given this number.
       direction: Tree like the parameters, of their shapes and of their dtypes or
         `accumulator_dtype`; `optax.MaskedNode` where a leaf is not floating or complex.
-      coefficient: How far the parameters are along it, without unit.
+      coefficient: Factor of the direction in the parameters, without unit.
     """
 
     step_count: jax.typing.ArrayLike  # shape=(), dtype=int32
@@ -39,20 +39,21 @@ ExtrapolationState.__module__ = "optax_lookahead"
 
 
 def extrapolation(
-    turn: Callable[[Any, Any, Any, Any], Any],
+    new_direction: Callable[[Any, Any, Any, Any], Any],
     step: Callable[[Any, Any, Any, Any, Any], Any],
     decay: optax.ScalarOrSchedule,
     coefficient: optax.ScalarOrSchedule,
     accumulator_dtype: jax.typing.DTypeLike | None,
 ) -> optax.GradientTransformation:
-    """Returns the transformation with this new direction and this step, leaf by leaf.
+    """Returns the transformation that these two functions define, leaf by leaf.
 
-    `turn(u, d, c, decay)` returns the new direction, with c the coefficient before, and
-    `step(u, d, c, new_d, new_c)` the step of the parameters.
+    `new_direction(u, d, c, decay)` returns the direction after the step, where d and c
+    are direction and coefficient before it, and `step(u, d, c, new_d, new_c)` returns
+    the update of the parameters.
     """
 
     def at(value: optax.ScalarOrSchedule, count: Any) -> jax.Array:
-        # A copy, since what is in a state may be donated.
+        # A copy, since the state may be donated.
         now = value(count) if callable(value) else value
         return jnp.array(now, dtype=jnp.result_type(float), copy=True)
 
@@ -81,8 +82,8 @@ def extrapolation(
             dtype = _wide(u, d)
             c, new_c, decayed = (jnp.asarray(x, dtype) for x in scalars)
             u_wide, d_wide = jnp.asarray(u, dtype), jnp.asarray(d, dtype)
-            new_d = jnp.asarray(turn(u_wide, d_wide, c, decayed), d.dtype)
-            # From the new direction as it is kept, so that its rounding moves only y.
+            new_d = jnp.asarray(new_direction(u_wide, d_wide, c, decayed), d.dtype)
+            # From the new direction as stored, so that its rounding changes y only.
             moved = step(u_wide, d_wide, c, jnp.asarray(new_d, dtype), new_c)
             return jnp.asarray(moved, jnp.result_type(u)), new_d
 
@@ -96,7 +97,7 @@ def extrapolation(
         )
         return new_updates, ExtrapolationState(count, direction, new_coefficient)
 
-    # Optax types every state as `OptState`, which no NamedTuple is a supertype of.
+    # Optax types every state as `OptState`, of which this one is only a subtype.
     return optax.GradientTransformation(
         init_fn,
         update_fn,  # pyright: ignore[reportArgumentType]
@@ -111,5 +112,5 @@ def evaluation_point(y: Any, coefficient: Any, d: Any) -> Any:
 
 
 def _wide(x: Any, y: Any) -> Any:
-    """Returns the dtype for both, at least float32: 1 - 0.99 is 0.0117 in bfloat16."""
+    """Returns the common dtype, at least float32: in bfloat16 1 - 0.99 is 0.0117."""
     return common_dtype(common_dtype(x, y), jnp.float32)

@@ -19,7 +19,7 @@ InnerState = (
 
 
 class Policy(NamedTuple):
-    """What is kept of the inner state from sync to sync, and what one makes of it."""
+    """What is stored from sync to sync, and what a sync does to the inner state."""
 
     init: Callable[[optax.OptState], Any]  # fast_state -> anchor
     # sync, alpha, fast_state, anchor, params, slow_params() -> fast_state, anchor
@@ -29,7 +29,7 @@ class Policy(NamedTuple):
 def policy(
     inner_state: InnerState, inner: optax.GradientTransformationExtraArgs
 ) -> Policy:
-    """Returns what the argument `inner_state` stands for."""
+    """Returns the policy that the argument `inner_state` asks for."""
     if inner_state == "interpolate":
         return _interpolation(inner)
     if inner_state == "keep":
@@ -42,8 +42,8 @@ def invalidate_linesearch_values(
 ) -> Any:
     """Returns the state without the losses that line searches keep for the next step.
 
-    They are those of parameters that a sync leaves. At an infinite one
-    `optax.value_and_grad_from_state` computes loss and gradient anew.
+    A sync moves the parameters that these are the losses of. Where a loss is infinite,
+    `optax.value_and_grad_from_state` computes loss and gradient again.
     """
     searches = (
         optax.ScaleByBacktrackingLinesearchState,
@@ -76,7 +76,7 @@ def _no_anchor(fast_state: optax.OptState) -> Any:
 def _function(
     choose: Callable[[Any, Any], Any], inner: optax.GradientTransformationExtraArgs
 ) -> Policy:
-    """Returns the policy of a function of the state and of a fresh one."""
+    """Returns the policy for a function of the state and of a fresh one."""
 
     def at_sync(
         sync: Any, alpha: Any, fast_state: Any, anchor: Any, params: Any, slow: Any
@@ -93,12 +93,12 @@ def _function(
 
 
 def _rounded(p: Any, slow: Any) -> Any:
-    """Returns the slow weight as its parameter holds it."""
+    """Returns the slow weight in the dtype of its parameter."""
     return jnp.asarray(slow, jnp.result_type(p)) if is_inexact(slow) else slow
 
 
-# The fields that count training time, or that someone set: a reset leaves them alone,
-# since a learning rate that warms up again in every cycle never leaves its warm-up.
+# Fields that count training time or that users set. A reset keeps them: a learning rate
+# whose warm-up starts again in every cycle never gets past it.
 _TIME_FIELDS = {
     ExtrapolationState: ("step_count",),
     LookaheadState: ("sync_count",),
@@ -120,8 +120,8 @@ _TIME_FIELDS = {
 
 @functools.cache
 def _time_fields() -> dict[type, tuple[str, ...]]:
-    # Scheduled weight decay has a state whose type Optax does not export. It is made
-    # here, not on import, since that would settle JAX on its devices.
+    # Optax does not export the type of scheduled weight decay's state. Such a state is
+    # made here, not on import, since making one initializes JAX's devices.
     decay = type(optax.add_decayed_weights(lambda count: 0.0 * count).init(()))
     return {**_TIME_FIELDS, decay: ("count",)}
 
@@ -145,22 +145,22 @@ def _reset(state: optax.OptState, fresh: optax.OptState) -> optax.OptState:
     return jax.tree.map(node, state, fresh, is_leaf=lambda x: type(x) in fields)
 
 
-# Fields like the parameters that are no moments, by the name of the state's type, since
-# not every version of Optax has or exports all of them. `"interpolate"` keeps them: a
-# mixture with what they were at the last sync is none of what they hold. What an
-# optimizer takes as its position, such as `z` of schedule-free, is not among them: it
-# moves as the weights do.
+# Fields that are like the parameters but not moments, by the name of the state's type,
+# since not every version of Optax has or exports all of them. `"interpolate"` does not
+# change them: an average of two of their values means nothing to the optimizer. Weights
+# that an optimizer stores and steps from, such as `z` of schedule-free, are not listed:
+# they are interpolated as the slow weights are.
 _NOT_MOMENTS = {
-    # What waits to be applied: a mixture would apply a part of it twice.
+    # Gradients still to be applied: an average would apply a part of them twice.
     "AccumulateAvgUpdatesState": ("avg_grad",),
     "ApplyEvery": ("grad_acc",),
     "MultiStepsState": ("acc_grads",),
     "PerElementMeanAndSumSqDiffGradsState": ("mean_grads", "sum_sq_diff_grads"),
-    # The last step's, which the next one is compared with.
+    # Of the last step, to be compared with those of the next one.
     "ScaleByAdanState": ("g",),
     "ScaleByOptimisticGradientState": ("previous_gradient",),
     "ScaleByRpropState": ("prev_updates",),
-    # Pairs of differences and positions with the gradients there, and their products.
+    # The last parameters and updates, differences of earlier ones, and their products.
     "ScaleByLBFGSState": (
         "params",
         "updates",
@@ -170,14 +170,13 @@ _NOT_MOMENTS = {
     ),
     # An orthonormal basis.
     "GaLoreState": ("projector",),
-    # Where the run began, which does not move: a mixture only rounds it.
+    # The initial parameters, which do not change: an average would only round them.
     "COCOBState": ("init_particles",),
     "DoGState": ("init_params",),
     "DoWGState": ("init_params",),
     "MadgradState": ("x0",),
     "MechanicState": ("x0",),
-    # Estimates of distance: largest values and sums, of which scalars, that stay, are
-    # the other part.
+    # Parts of estimates of distance. The other parts are scalars, which are kept too.
     "DAdaptAdamWState": ("grad_sum",),
     "ProdigyState": ("grad_sum", "params0"),
     "ScaleByDistanceOverGradientsState": (
@@ -185,42 +184,40 @@ _NOT_MOMENTS = {
         "grad_sum_of_squares",
         "init_params",
     ),
-    # What somebody measures.
+    # Measurements for users to read.
     "MonitorState": ("measurements", "measure_states"),
     "SnapshotState": ("measurement",),
 }
 
 
-def _fields_that_are_no_moments(node: Any) -> tuple[str, ...]:
+def _non_moment_fields(node: Any) -> tuple[str, ...]:
     if not type(node).__module__.startswith("optax."):
         return ()
     return _NOT_MOMENTS.get(type(node).__name__, ())
 
 
-def _without_what_is_no_moment(state: optax.OptState) -> Any:
-    """Returns the state with a 0 for each of those fields."""
+def _without_non_moments(state: optax.OptState) -> Any:
+    """Returns the state with 0 in place of each of those fields."""
 
     def node(x: Any) -> Any:
-        hidden = _fields_that_are_no_moments(x)
+        hidden = _non_moment_fields(x)
         if not hidden:
             return x
         return x._replace(
             **{
-                name: 0
-                if name in hidden
-                else _without_what_is_no_moment(getattr(x, name))
+                name: 0 if name in hidden else _without_non_moments(getattr(x, name))
                 for name in x._fields
             }
         )
 
     def has_some(x: Any) -> bool:
-        return bool(_fields_that_are_no_moments(x))
+        return bool(_non_moment_fields(x))
 
     return jax.tree.map(node, state, is_leaf=has_some)
 
 
 def _interpolation(inner: optax.GradientTransformationExtraArgs) -> Policy:
-    """Returns the policy that moves the inner state as the slow weights move."""
+    """Returns the policy that interpolates moments as a sync does the weights."""
 
     def init(fast_state: Any) -> Any:
         return jax.tree.map(copy, moments(inner.init, fast_state))
@@ -234,7 +231,7 @@ def _interpolation(inner: optax.GradientTransformationExtraArgs) -> Policy:
             old = jnp.asarray(old, now.dtype)
             moved = jnp.asarray(alpha, now.dtype) * now
             moved += jnp.asarray(1 - alpha, now.dtype) * old
-            # An infinite moment stays one, as under "keep".
+            # A moment that is not finite stays so, as under "keep".
             return jnp.where(sync & is_finite(moved), moved, now)
 
         now = moments(inner.init, fast_state)
@@ -250,14 +247,14 @@ def _interpolation(inner: optax.GradientTransformationExtraArgs) -> Policy:
 def moments(
     init: Callable[[optax.Params], optax.OptState], fast_state: optax.OptState
 ) -> tuple[Any, ...]:
-    """Returns the trees in the state that are like the parameters, and moments."""
+    """Returns the moments in the state, each a tree like the parameters."""
     trees: list[Any] = []
     try:
         _map_moments(init, trees.append, fast_state)
     except Exception as error:  # of any kind: `inner.init` is given a placeholder
         raise ValueError(
-            "`inner_state='interpolate'` must be able to tell what in the state of "
-            "`inner` is like the parameters, got an error from "
+            "`inner_state='interpolate'` must be able to find the trees in the state "
+            "of `inner` that are like the parameters, got an error from "
             f"`optax.tree.map_params`: {error!r}. Write `inner_state='keep'` or "
             "`'reset'`."
         ) from error
@@ -270,7 +267,7 @@ def _map_moments(
     fast_state: optax.OptState,
 ) -> Any:
     return optax.tree.map_params(
-        lambda params: _without_what_is_no_moment(init(params)),
+        lambda params: _without_non_moments(init(params)),
         function,
         fast_state,
         is_leaf=lambda _: True,  # each of those trees as a leaf

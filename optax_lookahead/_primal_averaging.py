@@ -1,4 +1,4 @@
-"""GPA, generalized primal averaging: the gradient is taken near an average of steps."""
+"""GPA, generalized primal averaging: gradients near an average of the weights."""
 
 from typing import Any
 
@@ -15,30 +15,30 @@ def primal_averaging(
     *,
     accumulator_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformation:
-    """GPA, generalized primal averaging: lookahead's average, moved in every step.
+    """GPA, generalized primal averaging: an average that is updated in every step.
 
-    It goes last in a chain, behind the optimizer `inner`, whose updates it is given.
-    The parameters of the training loop are y, between the weights z that the inner
-    optimizer moves and their average x. The weights to evaluate are x, and
-    `slow_params` returns them:
+    Put it last in a chain, after the optimizer `inner`, whose updates it takes. The
+    parameters of the training loop are y, between the weights z that the inner
+    optimizer moves and their average x. The weights to evaluate are x, which
+    `slow_params` returns:
 
         y_t     = mu_y_t * x_t + (1 - mu_y_t) * z_t                 x_0 = z_0
         z_{t+1} = z_t + inner(y_t)
         x_{t+1} = mu_x_t * x_t + (1 - mu_x_t) * z_{t+1}
 
-    Only d = z - x is kept, one copy of the parameters: `d_{t+1}` is
+    Only d = z - x is stored, one copy of the parameters: `d_{t+1}` is
     `mu_x_t * (d_t + inner(y_t))` and x is `y - (1 - mu_y) * d`. With a `mu_x` of
     `lambda t: 1 - 1 / (t + 1)` this is schedule-free; with `mu_x = mu_y` around SGD it
-    is Nesterov's momentum `mu_x` at 1 - mu_x of the learning rate. Weight decay in
-    `inner` is that of y. Where somebody changes the parameters outside the optimizer, x
-    and z change with them. For training that may break, put `optax.apply_if_finite`
-    around the chain: d keeps a NaN.
+    is Nesterov momentum `mu_x` at 1 - mu_x of the learning rate. Weight decay in
+    `inner` is computed from y. If the parameters are changed outside the optimizer, x
+    and z change with them. A NaN stays in d: if gradients may be NaN, put
+    `optax.apply_if_finite` around the chain.
 
     Args:
       mu_x: Decay of the average per step, in [0, 1). At 0 this is the inner optimizer.
-        `0.9 ** (1 / k)` averages about as far as a cycle of k steps does. Also a float
-        scalar array or tracer, whose value is not checked, or a schedule: a function
-        from the number of the step t (int32 scalar, from 0) to that value.
+        `0.9 ** (1 / k)` is a decay of 0.9 in k steps. Also a float scalar array or
+        tracer, whose value is not checked, or a schedule: a function from the step
+        number t (int32 scalar, from 0) to that value.
       mu_y: Where the gradient is taken, in [0, 1], from 0 at z to 1 at x. Also an array
         or a schedule, as mu_x.
       accumulator_dtype: Floating dtype of d; None for that of the parameters. With
@@ -47,8 +47,9 @@ def primal_averaging(
     Returns:
       A `GradientTransformation` whose state is an `ExtrapolationState`, with d as its
       direction and `1 - mu_y` as its coefficient. It takes and returns updates with the
-      tree of the parameters, of any shapes, in the dtypes that it is given. A leaf that
-      is neither floating nor complex passes as it is, and so does an update of None.
+      tree of the parameters, of any shapes and dtypes, which do not change. A leaf that
+      is neither floating nor complex is returned unchanged, and so is an update of
+      None.
 
     Raises:
       TypeError: If a static `mu_x` or `mu_y` is not a real number.
@@ -82,10 +83,10 @@ def primal_averaging(
     remedy = "where to take the gradient, for example `mu_y=0.7`"
     check_coefficient("mu_y", mu_y, "[0, 1]", remedy)
     coefficient = (lambda t: 1 - mu_y(t)) if callable(mu_y) else 1 - mu_y
-    return extrapolation(_turn, _step, mu_x, coefficient, accumulator_dtype)
+    return extrapolation(_new_direction, _step, mu_x, coefficient, accumulator_dtype)
 
 
-def _turn(u: Any, d: Any, c: Any, mu_x: Any) -> Any:
+def _new_direction(u: Any, d: Any, c: Any, mu_x: Any) -> Any:
     del c
     return mu_x * (d + u)
 

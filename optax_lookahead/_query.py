@@ -27,39 +27,39 @@ def slow_params(
 ) -> optax.Params:
     """Returns the slow weights, the ones to evaluate and to save.
 
-    Within a cycle they are the state's; at the start of one, which is right after a
-    sync too, they are `params`:
+    Within a cycle they are those in the state; at the start of a cycle, and so right
+    after a sync, they are `params`:
 
         phi = params if steps_since_sync == 0 else state.slow_params
 
-    With `ema_nesterov` and `primal_averaging` they are theta and x, which the state
-    says where to find from the parameters:
+    With `ema_nesterov` and `primal_averaging` they are theta and x, computed from the
+    parameters and the state:
 
         params - state.coefficient * state.direction
 
-    If one of these is the outer optimizer of an `outer_loop`, that holds of phi. The
-    state may stand at any depth of tuples, lists, dicts and other
-    containers that JAX knows, as the wrappers of Optax make them. Of nested lookaheads
-    the outermost counts; several with disjoint parameters, as under
-    `optax.partition`, are merged. The one vector of `optax.flatten` is taken apart, and
-    what `optax.contrib.split_real_and_imaginary` took apart is put together.
+    If one of these is the outer optimizer of an `outer_loop`, phi takes the place of
+    `params` there. The state may be at any depth in tuples, lists, dicts and other
+    pytrees, as Optax's wrappers nest it. Of nested lookaheads the outermost is used;
+    several with disjoint parameters, as under `optax.partition`, are merged. The vector
+    of `optax.flatten` is unflattened, and the pairs of real arrays that
+    `optax.contrib.split_real_and_imaginary` makes are joined.
 
     Args:
       opt_state: State of the optimizer, from its `init` or `update`.
-      params: The loop's parameters, which that state belongs to: a tree of arrays of
+      params: The loop's parameters, to which that state belongs: a tree of arrays of
         any shapes and dtypes.
       wide: Whether to return the slow copy in its own dtype, with the bits that a
         `slow_dtype` keeps, rather than in that of the parameters.
 
     Returns:
-      A tree like `params`, but for the dtypes if `wide`. Parameters without a slow
-      copy, as under `optax.masked`, come back as they are.
+      A tree like `params`, with wider dtypes if `wide`. Parameters without a slow copy,
+      as under `optax.masked`, are returned as they are.
 
     Raises:
       ValueError: If `opt_state` holds no lookahead state or none with a slow copy, if
         two of them have a slow copy of the same parameter, if `params` has another
         tree or other shapes, such as a leaf that `init` never saw, or if a wrapper
-        made another tree of a part of it.
+        flattened only a part of it.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -90,8 +90,8 @@ def slow_params(
             masks += masked_paths(state.direction)
             continue
         masks += masked_paths(state.slow_params)
-        # By its leaf, since `nnx.Optimizer` wraps it in a variable, for which `== 0`
-        # asks whether the variable is the object 0.
+        # Its leaf, since `nnx.Optimizer` wraps it in a variable, and `==` compares
+        # variables as objects.
         (steps_since_sync,) = jax.tree.leaves(state.steps_since_sync)
         check_unstacked(steps_since_sync)
         start = steps_since_sync == 0
@@ -105,7 +105,7 @@ def slow_params(
             elif is_inexact(phi) or not is_inexact(p):
                 held = jnp.asarray(phi, jnp.result_type(p))
                 slow[path] = jnp.where(start & is_finite(p), p, held)
-            # Else the loop made a float of a discrete parameter, which phi truncates.
+            # Else the loop turned integers into floats, which phi has truncated.
         within = set()
         for outer in _states(state.outer_state, (ExtrapolationState,)):
             _extrapolate_back(slow, outer, params, within, wide=wide)
@@ -126,7 +126,7 @@ def is_lookahead_state(node: Any) -> bool:
 def outermost_states(
     opt_state: optax.OptState, types: tuple[type, ...] = (LookaheadState,)
 ) -> list[Any]:
-    """Returns the states of these types that stand in no other, at least one."""
+    """Returns the states of these types that are in no other; raises without one."""
     states = _states(opt_state, types)
     if not states:
         raise ValueError(
@@ -152,7 +152,7 @@ def _extrapolate_back(
     *,
     wide: bool,
 ) -> None:
-    """Takes the leaves of `slow` to the weights that they were extrapolated from."""
+    """Replaces leaves of `slow` by the weights that they were extrapolated from."""
     (coefficient,) = jax.tree.leaves(state.coefficient)
     check_unstacked(coefficient, "coefficient")
     for path, d in jax.tree.leaves_with_path(in_tree_of(params, state.direction)):
@@ -173,7 +173,7 @@ def _see(path: Any, seen: set[Any]) -> None:
 
 
 def masked_paths(slow: Any) -> list[Any]:
-    """Returns where a mask or a label left out parameters, or whole branches."""
+    """Returns the paths of parameters and branches that a mask or a label left out."""
 
     def is_masked(node: Any) -> bool:
         return isinstance(node, optax.MaskedNode)
@@ -183,7 +183,7 @@ def masked_paths(slow: Any) -> list[Any]:
 
 
 def in_tree_of(params: Any, slow: Any) -> Any:
-    """Returns `slow` in the paths of `params`, of which a wrapper made another tree."""
+    """Returns `slow` in the tree of `params`, where a wrapper changed the tree."""
     slow = merged(slow)
     if not all_leaves([slow]) or all_leaves([params]):
         return slow
@@ -195,10 +195,11 @@ def in_tree_of(params: Any, slow: Any) -> Any:
             return merged(unravel(slow.astype(vector.dtype)))
     raise ValueError(
         "`opt_state` must hold slow weights of the tree `params`, got one vector of "
-        f"shape {slow.shape}, where the leaves of `params` are {vector.size} numbers. "
-        "A wrapper made it, such as `optax.flatten` of a part of the parameters behind "
-        "`optax.masked` or `optax.partition`, or the state is of other parameters. "
-        "Call `slow_params` on the state of that wrapper, with that part of `params`."
+        f"shape {slow.shape}, where `params` has {vector.size} numbers. A wrapper "
+        "made it, such as `optax.flatten` of a part of the parameters inside "
+        "`optax.masked` or `optax.partition`, or the state belongs to other "
+        "parameters. Call `slow_params` on the state of that wrapper, with that part "
+        "of `params`."
     )
 
 

@@ -1,4 +1,4 @@
-"""What in the state of an optimizer belongs to each of many replicas."""
+"""Which arrays of an optimizer's state every replica has its own values of."""
 
 from typing import Any
 
@@ -7,8 +7,8 @@ import optax
 
 from ._state import LookaheadState
 
-# When a lookahead syncs, and what wrappers around it decide by whether or when it
-# steps, which all replicas must do together.
+# Fields that decide when a lookahead syncs, or whether a wrapper around it steps, which
+# all replicas must do together.
 _SHARED_FIELDS = {
     LookaheadState: ("steps_since_sync", "sync_count"),
     optax.ConditionallyMaskState: ("step",),
@@ -25,16 +25,17 @@ _SHARED_FIELDS = {
 def replica_axes(opt_state: optax.OptState) -> Any:
     """Returns the axis of the replicas for each array of an optimizer's state.
 
-    Everything in a state belongs to each replica, and has the replicas on axis 0, but
-    for what says when to sync, of which there is one for all of them and the axis is
-    None: `steps_since_sync` and `sync_count` of every lookahead state, and what
-    wrappers around it decide by, such as the counters of `optax.MultiSteps` and the
-    hyperparameters of `optax.inject_hyperparams`. A wrapper inside of the inner or the
-    outer optimizer is each replica's own, unless there is a lookahead in it too.
+    Each replica has its own values of an array, with the replicas on axis 0. The
+    exceptions decide when to sync: all replicas share one value, and the axis is None.
+    These are `steps_since_sync` and `sync_count` of every lookahead state, and the
+    fields of wrappers around it that decide whether it steps, such as the counters of
+    `optax.MultiSteps` and the hyperparameters of `optax.inject_hyperparams`. A wrapper
+    inside the inner or the outer optimizer is each replica's own, unless there is a
+    lookahead in it too.
 
     Args:
       opt_state: State of the optimizer of one replica, from its `init`, or its shapes,
-        from `jax.eval_shape`. It holds at least one lookahead state.
+        from `jax.eval_shape`. It must hold at least one lookahead state.
 
     Returns:
       A tree like `opt_state` of 0 and None, for `in_axes` and `out_axes` of `jax.vmap`.
@@ -74,14 +75,14 @@ def replica_axes(opt_state: optax.OptState) -> Any:
     if not holds_lookahead(opt_state):
         raise ValueError(
             "`opt_state` must hold the state of a lookahead, got a "
-            f"{type(opt_state).__name__} without one. Pass what `init` of the whole "
-            "optimizer returned."
+            f"{type(opt_state).__name__} without one. Pass what the whole optimizer's "
+            "`init` returned."
         )
 
     def axes(node: Any) -> Any:
         if not holds_lookahead(node):
             return jax.tree.map(lambda _: 0, node)
-        # One level down: its children, whatever container it is.
+        # Its children, one level down, in any type of container.
         children, treedef = jax.tree.flatten(node, is_leaf=lambda x: x is not node)
         result = treedef.unflatten(map(axes, children))
         for name in _SHARED_FIELDS.get(type(node), ()):

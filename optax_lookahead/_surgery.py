@@ -1,4 +1,4 @@
-"""Changing a state by other means than `update`, so that it stays consistent."""
+"""Changes to a state outside `update`, after which it is still consistent."""
 
 from typing import Any
 
@@ -28,31 +28,30 @@ def set_slow_params(opt_state: optax.OptState, params: optax.Params) -> Any:
 
     For parameters that the training loop overwrites: a head that is reset, adapters
     that are merged, the best weights reloaded. Without it the next sync partly undoes
-    that: with `lookahead` it moves them by `1 - alpha` of the difference to what they
-    were when the cycle started. At the start of a cycle nothing has to be done: there
-    the slow weights are the parameters that the next update is given.
+    the change: `lookahead` moves the parameters back by `1 - alpha` of the distance to
+    their values at the start of the cycle. At the start of a cycle nothing has to be
+    done: there the slow weights are the parameters that the next update is given.
 
-    The counters stay. So other parameters go on in their cycle, the period of a
-    fragment or of a replica stays in step with the others', and the next sync of the
-    given parameters only counts the steps from here.
+    The counters do not change: the cycle of the other parameters continues, fragments
+    and replicas still sync at the same steps as each other, and the next sync of the
+    given parameters covers only the steps from here on.
 
     Args:
-      opt_state: State of the optimizer, in which lookahead states may stand at any
-        depth and in each other, as in `slow_params`; all of them are changed. Also
-        the `opt_state` of an `nnx.Optimizer`, or a stack of states with a stack of
-        parameters.
-      params: The new values, a tree of arrays of any shapes and dtypes in the places
-        that they have in the loop's parameters, where others may be left out or be
-        None. Elements that are not finite are not taken, and a slow weight of a wider
+      opt_state: State of the optimizer, with lookahead states at any depth, nested
+        ones too, as in `slow_params`; all of them are changed. Also the `opt_state` of
+        an `nnx.Optimizer`, or a stack of states with a stack of parameters.
+      params: The new values, a tree of arrays of any shapes and dtypes with the paths
+        that they have in the loop's parameters; other parameters may be left out or
+        None. Elements that are not finite are ignored, and a slow weight of a wider
         `slow_dtype` stays where the parameter is its rounding.
 
     Returns:
       The state with those slow weights, of the same tree, shapes and dtypes.
 
     Raises:
-      ValueError: If `opt_state` holds no lookahead state, or no slow copy of one of the
-        parameters which no mask leaves out, or one of another shape; or if a part is
-        given of what `optax.flatten` makes one vector of.
+      ValueError: If `opt_state` holds no lookahead state; if it holds no slow copy of
+        one of the parameters, which no mask leaves out, or one of another shape; or if
+        only a part is given of the parameters that `optax.flatten` makes a vector of.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -67,7 +66,7 @@ def set_slow_params(opt_state: optax.OptState, params: optax.Params) -> Any:
       >>> opt_state = set_slow_params(opt_state, {"head": params["head"]})
       >>> updates, opt_state = tx.update(grads, opt_state, params)
       >>> params = optax.apply_updates(params, updates)
-      >>> print(params["body"], params["head"])  # without it 2.0 would be in the head
+      >>> print(params["body"], params["head"])  # without it the head would be 2.0
       [3.5] [0.]
     """
     given = dict(jax.tree.leaves_with_path(params))
@@ -107,7 +106,7 @@ def set_slow_params(opt_state: optax.OptState, params: optax.Params) -> Any:
     def everywhere(tree: Any) -> Any:
         return jax.tree.map(node, tree, is_leaf=is_lookahead_state)
 
-    outermost_states(opt_state)  # which raises if there is none
+    outermost_states(opt_state)  # raises if there is none
     opt_state = everywhere(opt_state)
     check_known(given, taken, masks)
     return opt_state
@@ -120,30 +119,31 @@ def with_inner_state(
 ) -> LookaheadState:
     """Puts a state of the inner optimizer into the state of a lookahead.
 
-    It is right for every policy: under `inner_state="interpolate"` the state also
-    holds what the moments were at the last sync, which from here on are those in
-    `inner_state`. So in mid-training
+    It works for every policy: under `inner_state="interpolate"` the state also holds
+    the moments of the last sync, for which it takes those in `inner_state`. In
+    mid-training, for example:
 
         state = with_inner_state(tx, tx.init(params), inner_state)     # lookahead on
         state = with_inner_state(new_tx, state, state.fast_state)      # another policy
         state = with_inner_state(new_tx, state, new_inner.init(params))
 
-    where the last makes the state of `new_tx` around another inner optimizer. Slow
-    weights and counters stay, so that a cycle goes on.
+    In the last line `new_tx` has another inner optimizer. Slow weights and counters do
+    not change, so the cycle continues.
 
     Args:
-      tx: What `lookahead` or `outer_loop` returned, whose state it is to be.
-      state: A state with its slow weights and its outer state: of `tx`, or of the same
-        but for `inner` and `inner_state`.
+      tx: The transformation, from `lookahead` or `outer_loop`, to make a state of.
+      state: The state to take slow weights, counters and outer state from: of `tx`, or
+        of a transformation that differs from it in `inner` and `inner_state` only.
       inner_state: State of the inner optimizer of `tx`, from its `init`, its `update`
         or a checkpoint.
 
     Returns:
-      The state of `tx`, which holds the arrays of `inner_state` and copies of moments.
+      A state of `tx`, which holds the arrays of `inner_state` and copies of its moments
+      where the policy needs them.
 
     Raises:
-      TypeError: If `tx` is no transformation, not one of these two, or `state` no
-        `LookaheadState`.
+      TypeError: If `tx` is not a gradient transformation from one of these two, or
+        `state` is not a `LookaheadState`.
       ValueError: If the leaves of `inner_state` or of the outer state have other shapes
         than those of `tx`, or if the state of `inner` cannot be interpolated.
 
@@ -212,11 +212,11 @@ def _vector(tree: Any, slow: Any) -> Any:
 
 
 def _check_shapes(rule: str, given: Any, expected: Any, remedy: str) -> None:
-    # Not the trees, since `nnx.Optimizer` has its variables in them.
+    # Not the trees, since those of an `nnx.Optimizer` have its variables in them.
     got, wanted = (
         [jnp.shape(x) for x in jax.tree.leaves(tree)] for tree in (given, expected)
     )
     if got != wanted:
         raise ValueError(
-            f"{rule}, got leaves of the shapes {got}, where its have {wanted}. {remedy}"
+            f"{rule}, got leaves of the shapes {got} instead of {wanted}. {remedy}"
         )

@@ -1,7 +1,7 @@
 """What all tests share; `README.md` beside it says where a test belongs.
 
 Every test sees eight CPU devices, and a silent broadcast is an error. XLA compiles
-quickly, see `compiling.py`, and slow tests wait until they are asked for.
+quickly, see `helpers/compiling.py`, and slow tests run only on request.
 """
 
 import gc
@@ -10,13 +10,13 @@ import subprocess
 import sys
 import tempfile
 
-import compiling
 import jax
 import pytest
+from helpers import compiling
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Tracing makes so many objects that a tenth of the time went into counting them.
+# Tracing makes many objects: by default a tenth of the time is garbage collection.
 gc.set_threshold(200_000, 100, 100)
 
 
@@ -25,14 +25,14 @@ def pytest_configure(config):
         "markers",
         "slow: takes long and rarely breaks; runs once in `.ci/run` and when asked for",
     )
-    # Where the flags are set, if only to nothing, so they stay. The workers inherit
-    # them, and so do the scripts that run in processes of their own.
+    # Flags that are set, even to nothing, are kept. The workers inherit them, and so do
+    # scripts that run in their own processes.
     if "XLA_FLAGS" not in os.environ and are_known(compiling.QUICK):
         os.environ["XLA_FLAGS"] = compiling.QUICK
 
-    # Many tests train the same optimizer, each with a step of its own, whose program is
-    # then found here. Not shared by processes, of which one may read what another is
-    # writing.
+    # Many tests jit the same training step, and all but the first find its program in
+    # this folder. Each process has its own, since JAX may read a file that another
+    # process is still writing.
     if jax.config.jax_compilation_cache_dir is None:
         folder = tempfile.TemporaryDirectory()
         config.add_cleanup(folder.cleanup)
@@ -50,7 +50,7 @@ def are_known(flags):
 
 
 def wants_slow(config):
-    """Whether `-m` speaks of the slow tests, or a test is named."""
+    """Whether `-m` mentions the slow tests, or a test is named."""
     return "slow" in config.option.markexpr or any("::" in arg for arg in config.args)
 
 

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from compiling import as_shipped
+from helpers.compiling import as_shipped
+from helpers.meshes import make_mesh
+from helpers.rows import slow_but
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from meshes import make_mesh
 from messages import (
     BRANCHES,
     COLLECTIVE,
@@ -19,7 +20,6 @@ from messages import (
     messages,
     nbytes,
 )
-from rows import slow_but
 
 from optax_lookahead import (
     average_replicas,
@@ -220,7 +220,7 @@ def test_it_is_the_loop_over_workers(x64, inner, outer, k):
 @pytest.mark.parametrize(
     "form", slow_but(["shard_map, fsdp", "spmd vmap, fsdp"], list(FORMS))
 )
-def test_it_is_so_in_every_form_and_with_sharded_replicas(x64, form):
+def test_every_form_and_sharded_replicas_are_the_loop_over_workers(x64, form):
     tx = averaged(INNERS["adam"][0], NESTEROV, 3)
     expected = workers(INNERS["adam"][1], OUTERS["nesterov"][1], 3, 7, START)
     assert_follows(run(form, tx, START, 7)[0], expected, 3)
@@ -258,7 +258,7 @@ def collectives(text):
         [f for f in FORMS if f != "vmap"],
     ),
 )
-def test_what_replicas_say_to_each_other_stands_in_one_branch(form):
+def test_replicas_communicate_in_one_branch_and_nowhere_else(form):
     if "shard_map, fsdp" in form and jax.__version_info__ < (0, 7):
         pytest.skip("JAX 0.6 gathers the parameters of a replica in every step there")
     params = {"w": jnp.asarray(np.tile(START, 16))}
@@ -317,7 +317,9 @@ def test_averaging_adds_at_most_a_copy_and_a_half_of_temporaries():
     ("dtype", "slow_dtype", "bound"),
     [("bfloat16", None, 2e-2), ("float32", None, 1e-6), ("bfloat16", "float32", 2e-3)],
 )
-def test_over_a_thousand_syncs_replicas_stay_a_rounding_apart(dtype, slow_dtype, bound):
+def test_over_a_thousand_syncs_replicas_differ_by_one_rounding(
+    dtype, slow_dtype, bound
+):
     tx = averaged(
         optax.sgd(0.05), optax.sgd(0.9, momentum=0.5), 1, slow_dtype=slow_dtype
     )
@@ -343,7 +345,7 @@ def test_over_a_thousand_syncs_replicas_stay_a_rounding_apart(dtype, slow_dtype,
     assert np.mean(spread[-100:]) < 3 * np.mean(spread[100:200]) + 1e-9
 
 
-def test_replicas_that_start_apart_come_together(x64):
+def test_replicas_that_start_from_different_weights_become_equal(x64):
     start = np.random.default_rng(2).normal(size=(R, SIZE))
     tx = averaged(optax.sgd(0.05), optax.sgd(0.7), 2)
     visited, _, _ = run("vmap", tx, start, 24)
@@ -523,12 +525,12 @@ def test_an_axis_that_is_not_mapped_is_refused_with_the_remedy():
 
 
 @pytest.mark.parametrize("axis_name", [None, 0, (), ("a", 1), ["a"]])
-def test_an_axis_name_that_is_none_is_refused(axis_name):
+def test_what_cannot_be_an_axis_name_is_refused(axis_name):
     with pytest.raises(TypeError, match="`axis_name` must be the name of an axis"):
         average_replicas(axis_name)
 
 
-@pytest.mark.skipif(jax.__version_info__ < (0, 7), reason="JAX 0.6 tells it to nobody")
+@pytest.mark.skipif(jax.__version_info__ < (0, 7), reason="JAX 0.6 does not show it")
 def test_counters_that_may_differ_between_replicas_are_refused():
     tx = averaged(optax.sgd(0.1), optax.sgd(1.0), 2)
     mesh = make_mesh({NAME: R}, AxisType.Auto, jax.devices()[:R])
@@ -564,7 +566,7 @@ def test_several_axes_are_averaged_over_together(x64):
     )
 
 
-def test_some_parameters_can_stay_each_replicas_own(x64):
+def test_some_parameters_can_differ_between_replicas(x64):
     outer = optax.partition(
         {
             "all": optax.chain(average_replicas(NAME), optax.sgd(1.0)),
@@ -596,7 +598,7 @@ INSIDE = {
 
 
 @pytest.mark.parametrize("name", INSIDE)
-def test_it_averages_what_the_replicas_alone_would_have_got_to(x64, name):
+def test_it_averages_the_weights_that_replicas_alone_would_reach(x64, name):
     options = dict(INSIDE[name])
     inner = options.pop("inner")
     tx = averaged(inner, optax.sgd(1.0), 4, **options)
@@ -615,7 +617,7 @@ def test_it_averages_what_the_replicas_alone_would_have_got_to(x64, name):
         assert all(not np.any(x) for x in jax.tree.leaves(state.fast_state))
 
 
-def test_complex_weights_are_averaged_and_discrete_ones_are_each_replicas_own(x64):
+def test_complex_weights_are_averaged_and_discrete_ones_are_not(x64):
     tx = averaged(optax.sgd(0.5), optax.sgd(1.0), 1)
     params = {
         "z": jnp.asarray(START[:, :2] + 1j * START[:, 2:4]),
@@ -629,7 +631,7 @@ def test_complex_weights_are_averaged_and_discrete_ones_are_each_replicas_own(x6
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    # The count of a replica is a scalar on each, and a parameter, not a counter.
+    # `count` is a scalar on each replica, and a parameter, not a counter.
     where = where._replace(slow_params={"z": 0, "n": 0})
     state = state._replace(slow_params={**state.slow_params, "n": jnp.arange(R)})
     step = jax.vmap(step, (0, where, 0), (0, where), axis_name=NAME)

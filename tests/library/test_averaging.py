@@ -12,10 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import reference
-import transformer
 from flax import nnx
-from trees import assert_close, types
+from helpers import reference, transformer
+from helpers.trees import assert_close, types
 
 from optax_lookahead import (
     ema_nesterov,
@@ -279,7 +278,7 @@ def test_the_gradient_by_its_coefficients_is_that_of_finite_differences(name, x6
 
 
 @both
-def test_injected_coefficients_are_read_off_where_they_were_used(name):
+def test_the_weights_are_read_with_the_injected_coefficient_that_was_used(name):
     names = {"EMA-Nesterov": ("beta", "gamma"), "GPA": ("mu_x", "mu_y")}[name]
     inject = optax.inject_hyperparams(MAKERS[name])
     tx = optax.chain(
@@ -354,7 +353,7 @@ def test_every_floating_dtype_and_python_numbers_are_taken(name, dtype):
 
 
 @both
-def test_other_leaves_than_floating_ones_pass_by(name):
+def test_leaves_that_are_not_floating_are_returned_unchanged(name):
     params = PARAMS | {"count": jnp.array(3), "key": jax.random.key(0), "nothing": None}
     tx = of(name)
     state = tx.init(params)
@@ -455,7 +454,7 @@ def test_inside_lookahead_the_slow_weights_are_lookaheads(name):
 
 
 @both
-def test_weights_that_the_loop_changes_take_the_others_along(name):
+def test_the_weights_to_evaluate_change_with_the_parameters(name):
     tx = optax.chain(optax.sgd(0.1), of(name))
     params, state = trained(tx, PARAMS)
     moved = jax.tree.map(lambda p: p + 1.0, params)
@@ -464,7 +463,7 @@ def test_weights_that_the_loop_changes_take_the_others_along(name):
 
 
 @both
-def test_a_step_that_is_not_finite_leaves_no_trace_inside_of_apply_if_finite(name):
+def test_a_step_that_is_not_finite_is_ignored_inside_apply_if_finite(name):
     tx = optax.apply_if_finite(optax.chain(optax.sgd(0.1), of(name)), 3)
     params, state = trained(tx, PARAMS)
     before = slow_params(state, params)
@@ -521,7 +520,7 @@ def test_a_coefficient_out_of_range_is_refused(name):
         make(**{name: good})
 
 
-def test_a_reset_by_a_lookahead_around_lets_schedules_go_on():
+def test_schedules_continue_after_a_reset_by_a_lookahead_around_it():
     seen = []
 
     def beta(count):

@@ -1,6 +1,6 @@
-"""What does the compiled step cost over the inner optimizer's, whatever the clock says?
+"""What does the compiled step cost over the inner optimizer's, except time?
 
-Compiled figures don't depend on the machine's load, so they are tests. Times are in
+Figures of a compiled program don't depend on the machine's load. Times are in
 `benchmarks/step_cost.py`, and meshes of devices in `test_sharding.py`.
 """
 
@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import transformer
-from compiling import as_shipped
+from helpers import transformer
+from helpers.compiling import as_shipped
 
 from optax_lookahead import lookahead, outer_loop, slow_params
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from training import trajectory, two_loops
+from helpers.training import trajectory, two_loops
 
 from optax_lookahead import lookahead, slow_params
 
@@ -28,7 +28,7 @@ def gradient(params, step):
 def run(request):
     """Returns the visited parameters and states of a loop, eager or jitted.
 
-    The eager one is shorter: a `cond` is compiled anew in each of its steps.
+    The eager one is shorter: a `cond` is compiled again in each of its steps.
     """
     transform = {"eager": lambda step: step, "jit": jax.jit}[request.param]
     default = {"eager": EAGER_STEPS, "jit": STEPS}[request.param]
@@ -91,7 +91,7 @@ def test_in_a_named_chain(run):
     assert_visits(run(tx), expected)
 
 
-def test_after_a_transform_behind_it_the_next_cycle_starts_from_what_the_loop_holds(
+def test_after_a_transform_behind_it_the_next_cycle_starts_from_the_loops_parameters(
     run,
 ):
     tx = optax.chain(lookahead(optax.sgd(0.1), 3, 0.5), optax.scale(0.8))
@@ -210,7 +210,7 @@ def test_apply_if_finite_around_it_leaves_out_the_bad_step(run):
     assert_close(visited[4][0], visited[3][0])
 
 
-def test_apply_if_finite_inside_it_counts_the_bad_step_as_one_that_stands_still(run):
+def test_apply_if_finite_inside_it_counts_the_bad_step_as_a_step_of_the_cycle(run):
     inner = optax.apply_if_finite(optax.adam(0.1), 5)
     visited = run(lookahead(inner, 3, 0.5), gradient=faulty_gradient)
     expected = two_loops(inner, PARAMS, faulty_gradient, 3, 0.5, STEPS)
@@ -240,7 +240,7 @@ def test_conditionally_transform_counts_only_the_steps_that_reach_it(run):
     assert_visits(run(tx), expected)
 
 
-def test_conditionally_mask_stands_still_on_the_other_steps(run):
+def test_conditionally_mask_changes_nothing_on_the_other_steps(run):
     tx = optax.conditionally_mask(
         lookahead(optax.sgd(0.1), 2, 0.5), lambda step: step % 2 == 0
     )
@@ -261,7 +261,7 @@ def test_inside_flatten(run):
     assert_visits(visited, expected)
 
 
-def test_a_flattened_state_that_a_checkpoint_gave_back_as_numpy_is_read_too():
+def test_a_flattened_state_that_was_restored_as_numpy_is_read_too():
     tx = optax.flatten(lookahead(optax.adam(0.1), 3, 0.5))
     params, state = trajectory(tx, PARAMS, gradient, 4)[-1]
     restored = jax.tree.map(np.asarray, state)
@@ -328,7 +328,7 @@ def test_injected_k_and_alpha_changed_in_mid_run_need_no_retrace():
     assert len(traces) == 1
 
 
-def test_large_updates_that_multi_steps_skips_are_no_steps_of_the_cycle():
+def test_large_updates_that_multi_steps_skips_are_not_steps_of_the_cycle():
     tx = optax.MultiSteps(
         lookahead(optax.sgd(1.0), 2, 0.5),
         1,

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 from flax.core import FrozenDict
-from training import trajectory, two_loops
+from helpers.training import trajectory, two_loops
 
 from optax_lookahead import lookahead, slow_params
 

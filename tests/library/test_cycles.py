@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from training import trajectory
+from helpers.training import trajectory
 
 from optax_lookahead import lookahead, slow_params
 

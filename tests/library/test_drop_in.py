@@ -116,7 +116,7 @@ def test_tree_set_on_the_counter_ends_a_cycle_early():
     assert optax.tree.get(state, "sync_count") == 1
 
 
-def test_a_state_that_tree_cast_has_cast_counters_and_all_goes_on():
+def test_training_continues_with_a_state_whose_counters_were_cast_too():
     tx, half = lookahead(optax.sgd(0.1), 2), optax.tree.cast(PARAMS, jnp.bfloat16)
     state = optax.tree.cast(tx.init(PARAMS), jnp.bfloat16)
     before = jax.tree.map(jnp.result_type, state)
@@ -144,11 +144,11 @@ def test_abstract_init_gives_the_shapes_that_init_would():
 
 @pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
 @pytest.mark.parametrize("slow_dtype", [None, "float32"])
-def test_a_loop_that_makes_floats_of_integers_and_flags_goes_on(slow_dtype, transform):
+def test_a_loop_that_turns_integers_and_flags_into_floats_trains(slow_dtype, transform):
     # `optax.apply_updates` does not, but a loop's own `p + u` does.
     start = {"w": jnp.ones(2), "n": jnp.asarray([3, -2]), "on": jnp.asarray(True)}
     grads = {"w": jnp.ones(2), "n": jnp.asarray([0.5, -2.0]), "on": jnp.asarray(1.0)}
-    ways = {}
+    results = {}
     for name, tx in {
         "alone": optax.sgd(0.3),
         "lookahead": lookahead(optax.sgd(0.3), 2, 0.5, slow_dtype=slow_dtype),
@@ -165,11 +165,11 @@ def test_a_loop_that_makes_floats_of_integers_and_flags_goes_on(slow_dtype, tran
                 slow = slow_params(state, params)
                 for leaf in ("n", "on"):
                     np.testing.assert_array_equal(slow[leaf], params[leaf])
-        ways[name] = params
+        results[name] = params
     for leaf in ("n", "on"):
-        assert ways["alone"][leaf].dtype == jnp.float32
+        assert results["alone"][leaf].dtype == jnp.float32
         for name in ("lookahead", "outer"):
-            np.testing.assert_allclose(ways[name][leaf], ways["alone"][leaf])
+            np.testing.assert_allclose(results[name][leaf], results["alone"][leaf])
 
 
 FRESH = {

@@ -1,7 +1,7 @@
-"""Do the slow weights stay finite, whatever becomes of the fast ones?
+"""Do the slow weights stay finite, even if the fast ones do not?
 
-A slow weight takes the value that a sync arrives at only if that is finite, as it is
-stored. A cycle does not start from an element that is not finite. An outer optimizer is
+A slow weight takes the value that a sync computes only if that is finite in its dtype.
+A cycle does not start from an element that is not finite. An outer optimizer is
 given 0 for a pseudo-gradient that is not finite, and its update is dropped there.
 """
 
@@ -13,8 +13,8 @@ import ml_dtypes
 import numpy as np
 import optax
 import pytest
-from compiling import as_shipped
-from rows import slow_but
+from helpers.compiling import as_shipped
+from helpers.rows import slow_but
 
 from optax_lookahead import lookahead, outer_loop, slow_params
 from optax_lookahead._state import is_finite
@@ -37,7 +37,7 @@ def finite(x):
 
 
 def blow_ups(dtype):
-    """Returns start and updates in which about every tenth element is no number."""
+    """Returns start and updates, of which about a tenth is not finite."""
     rng = np.random.default_rng(1)
     largest = float(ml_dtypes.finfo(dtype).max) ** (1 if dtype == np.float16 else 0.01)
     start = rng.normal(size=SIZE) * 0.2 * largest
@@ -46,7 +46,7 @@ def blow_ups(dtype):
     for value, low in ((np.nan, 0.0), (np.inf, 0.01), (-np.inf, 0.02)):
         updates[(bad >= low) & (bad < low + 0.01)] = value
     if dtype == np.complex64:
-        swapped = rng.random(SIZE) < 0.5  # either part may be the one
+        swapped = rng.random(SIZE) < 0.5  # in the real or in the imaginary part
         start = start + 1j * rng.normal(size=SIZE)
         parts = np.where(swapped, updates, 1.0), np.where(swapped, 1.0, updates)
         updates = np.empty((STEPS, SIZE), np.complex64)
@@ -115,10 +115,10 @@ def assert_same(got, expected, dtype, where=None):
     where = where & finite(expected)
     wide = np.complex64 if np.iscomplexobj(got) else np.float32
     got, expected = got[where].astype(wide), expected[where].astype(wide)
-    # A few roundings, which a fused program makes elsewhere.
+    # A few roundings, which a fused program makes in other places.
     tolerance = 16 * float(ml_dtypes.finfo(dtype).eps) * np.max(np.abs(expected))
     off = np.abs(got - expected) > tolerance
-    # And in float16 a few elements that just do, or just do not, overflow.
+    # And in float16 a few elements that are just below or just above an overflow.
     assert np.mean(off) <= (0.02 if dtype == np.float16 else 0.0)
 
 
@@ -148,14 +148,14 @@ def test_each_element_follows_the_rule_by_itself(name, outer, transform):
         if dtype != np.float16:  # where the momentum itself overflows here
             assert all(np.all(finite(x)) for x in jax.tree.leaves(state.outer_state))
     assert np.mean(same) > (0.9 if dtype == np.float16 else 0.999)
-    # There was something to see.
+    # Both cases occurred.
     ends = np.stack([finite(params) for params, _ in visited])
     assert 0.02 < np.mean(~ends) < 0.4
 
 
 @pytest.mark.parametrize("transform", [lambda f: f, as_shipped], ids=["eager", "jit"])
 @pytest.mark.parametrize("name", ["bfloat16", "float16"])
-def test_wide_slow_weights_stay_finite_and_what_is_finite_goes_on(name, transform):
+def test_wide_slow_weights_stay_finite_and_finite_elements_train(name, transform):
     dtype = DTYPES[name]
     start, updates = blow_ups(dtype)
     healthy = np.all(finite(updates), 0) & (np.abs(start.astype(np.float32)) < 1e3)
@@ -171,12 +171,12 @@ def test_wide_slow_weights_stay_finite_and_what_is_finite_goes_on(name, transfor
         for i, (params, state) in enumerate(visited):
             assert np.all(finite(state.slow_params))
             assert np.all(finite(slow_params(state, params)))
-            with np.errstate(all="ignore"):  # what is not healthy comes along
+            with np.errstate(all="ignore"):  # also of elements that are not finite
                 p = (p.astype(dtype) + updates[i]).astype(dtype).astype(np.float64)
                 if (i + 1) % K == 0:
                     phi = phi + 0.25 * (p - phi)
                     p = phi.astype(dtype).astype(np.float64)
-        # A cycle sets out from the rounding of the slow weight; so does this one.
+        # A cycle starts from the rounding of the slow weight, here too.
         scale = np.max(np.abs(phi[healthy]))
         off = np.abs(np.float64(state.slow_params) - phi)[healthy]
         assert np.max(off) < 20 * float(ml_dtypes.finfo(dtype).eps) * scale
@@ -189,7 +189,7 @@ def nothing_from_the_third_on(updates, state, params=None):
 
 @pytest.mark.parametrize("slow_dtype", [None, "float32"])
 @pytest.mark.parametrize("transform", [lambda f: f, as_shipped], ids=["eager", "jit"])
-def test_where_the_outer_optimizer_itself_returns_no_number_the_slow_weight_stays(
+def test_where_the_outer_optimizer_returns_nan_or_inf_the_slow_weight_stays(
     transform, slow_dtype
 ):
     dtype = "float32" if slow_dtype is None else "bfloat16"
@@ -203,7 +203,7 @@ def test_where_the_outer_optimizer_itself_returns_no_number_the_slow_weight_stay
         params = optax.apply_updates(params, updates)
     # Two steps of -2, of which the outer optimizer takes half.
     np.testing.assert_array_equal(state.slow_params, [6, 6, 8, 8, 8])
-    # A parameter goes with it, but back to a slow weight of more bits.
+    # The parameter takes that update, unless the slow weight has more bits.
     lost = [jnp.nan, -jnp.inf, -jnp.inf] if slow_dtype is None else [8, 8, 8]
     np.testing.assert_array_equal(params, jnp.asarray([6, 6, *lost], dtype))
     np.testing.assert_array_equal(state.outer_state[0].trace, [4, 4, 4, 4, 4])
@@ -247,7 +247,9 @@ TRANSFORMATIONS = {
     "name",
     slow_but(["lookahead interpolate", "nesterov", "wide"], list(TRANSFORMATIONS)),
 )
-def test_after_a_blow_up_at_any_step_training_goes_on_from_the_slow_weights(name, bad):
+def test_after_a_blow_up_at_any_step_training_continues_from_the_slow_weights(
+    name, bad
+):
     tx = TRANSFORMATIONS[name](optax.sgd(0.1, momentum=0.5))
     start = jnp.asarray([0.3, 0.1, -0.2, 0.7], "bfloat16" if name == "wide" else None)
 
@@ -318,7 +320,7 @@ OUTERS = {
         ("float32", None),
     ],
 )
-def test_infinite_entries_harm_nothing_else_in_any_dtype(dtype, slow_dtype, name):
+def test_infinite_entries_change_no_other_entry_in_any_dtype(dtype, slow_dtype, name):
     tx = outer_loop(optax.sgd(0.1), OUTERS[name], 2, slow_dtype=slow_dtype)
 
     def train(start):
@@ -362,7 +364,7 @@ def test_an_infinite_entry_that_is_loaded_later_is_put_into_the_slow_weights_too
 @pytest.mark.parametrize("given", ["schedule", "schedule of arrays", "array"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e39])
 @pytest.mark.parametrize("slow_dtype", [None, "float32"])
-def test_a_step_size_that_is_no_number_leaves_the_slow_weights_where_they_are(
+def test_a_step_size_that_is_not_finite_does_not_change_the_slow_weights(
     slow_dtype, bad, given, transform
 ):
     start = {
@@ -400,7 +402,7 @@ def test_a_step_size_that_is_no_number_leaves_the_slow_weights_where_they_are(
         )
 
 
-def test_moments_that_are_no_number_are_cleared_by_a_reset_or_by_a_new_state():
+def test_moments_that_are_nan_are_cleared_by_a_reset_or_by_a_new_state():
     tx = lookahead(optax.adam(0.1), 2, 0.5, inner_state="reset")
     params = jnp.ones(2)
     updates, state = tx.update(jnp.asarray([jnp.nan, 1.0]), tx.init(params), params)

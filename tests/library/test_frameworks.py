@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 from flax.training.dynamic_scale import DynamicScale
 from flax.training.train_state import TrainState
-from training import two_loops
+from helpers.training import two_loops
 
 from optax_lookahead import lookahead, slow_params, with_inner_state
 
@@ -165,7 +165,7 @@ class NNXModel(nnx.Module):
 
 
 class Head(nnx.Param):
-    """The parameters that a filter singles out."""
+    """The parameters that a filter selects."""
 
 
 class FilteredModel(nnx.Module):
@@ -374,7 +374,7 @@ def test_model_and_optimizer_in_one_trains():
     assert loss(both.model) < before
 
 
-def test_an_nnx_optimizer_that_trained_without_lookahead_goes_on_with_it():
+def test_an_nnx_optimizer_that_trained_without_lookahead_continues_with_it():
     x = jnp.ones((4, 2))
 
     def step(model, optimizer):

@@ -1,6 +1,6 @@
 """Do `optax.inject_hyperparams` and lookahead mean the same by their arguments?
 
-Steps are those of Algorithm 1 in NumPy, with the values that are said to count.
+Steps are compared with Algorithm 1 in NumPy, with the values that should be used.
 """
 
 import jax
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from pages import run_block
+from helpers.pages import run_block
 
 from optax_lookahead import lookahead, outer_loop
 
@@ -115,7 +115,7 @@ def test_a_type_as_slow_dtype_is_refused_unless_it_is_a_static_argument(dtype):
     tx = optax.inject_hyperparams(lookahead)(INNER, k=2, slow_dtype=dtype)
     with pytest.raises(TypeError, match="`slow_dtype` must be a floating dtype"):
         tx.init(params)
-    # Both remedies.
+    # Both remedies work.
     static = optax.inject_hyperparams(lookahead, static_args=("slow_dtype",))
     for tx in (
         static(INNER, k=2, slow_dtype=dtype),

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from optimizers import (
+from helpers.optimizers import (
     EXCLUDED,
     EXPORTED,
     INPUTS,
@@ -23,7 +23,13 @@ from optimizers import (
     make,
     telling_optimizers,
 )
-from trees import assert_close, is_key, is_weakly_typed, shapes_and_dtypes, types
+from helpers.trees import (
+    assert_close,
+    is_key,
+    is_weakly_typed,
+    shapes_and_dtypes,
+    types,
+)
 
 from optax_lookahead import lookahead, slow_params
 
@@ -87,7 +93,7 @@ def test_discovery_finds_the_optimizers_of_optax():
     assert len(NAMES) >= 57
     assert set(NAMES) >= {"sgd", "adam", "adamw", "lion", "nadam", "lbfgs", "adafactor"}
     assert set(NAMES) >= {"prodigy", "muon", "sophia", "schedule_free_adamw", "cocob"}
-    # No line of the tables above outlives what it is about.
+    # The tables above name no optimizer that is gone.
     assert EXCLUDED.keys() <= EXPORTED.keys()
     assert not OTHERS.keys() & EXPORTED.keys()
 
@@ -98,7 +104,7 @@ def test_fast_and_slow_weights_follow_algorithm_1_at_every_step(name):
     assert len(ours) == len(by_hand) == STEPS + 1
     for (params, slow, _), (theta, phi, _) in zip(ours, by_hand, strict=True):
         assert_close((params, slow), (theta, phi))
-    # What is compared moves by far more than the tolerance.
+    # The weights move by far more than the tolerance.
     params, slow, _ = ours[K - 1]
     assert np.max(np.abs(params["w"] - slow["w"])) > 1e-3
 
@@ -161,7 +167,7 @@ def test_one_scan_gives_the_weights_of_the_loop(name):
 
 @telling_optimizers
 def test_eager_steps_follow_algorithm_1_too(name):
-    # Past a sync. They differ from jitted ones in nothing that takes a second cycle.
+    # To the first step after a sync: a second cycle would show nothing more.
     steps = K + 1
     ours, _ = lookahead_loop(name, lambda step: step, steps)
     # By hand as above, so that one of the two is compiled once.
@@ -172,7 +178,7 @@ def test_eager_steps_follow_algorithm_1_too(name):
 
 
 def test_among_the_inner_states_are_keys_flags_and_counters():
-    # What an average over the state, or arithmetic in place of `where`, would damage.
+    # An average over the state, or arithmetic in place of `where`, would damage these.
     kinds = {}
     for name in NAMES:
         for leaf in jax.tree.leaves(jax.eval_shape(make(name).init, START)):

@@ -10,13 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import reference
 from flax import nnx
 from flax.training.train_state import TrainState
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from meshes import make_mesh
-from noisy_problem import START, gradient, numpy_gradient, to_tree, to_vector
-from optimizers import (
+from helpers import reference
+from helpers.meshes import make_mesh
+from helpers.noisy_problem import START, gradient, numpy_gradient, to_tree, to_vector
+from helpers.optimizers import (
     NAMES,
     START as WEIGHTS,
     arguments,
@@ -25,8 +24,9 @@ from optimizers import (
     multi_steps,
     telling_optimizers,
 )
-from training import scanned, trajectory
-from trees import as_arrays, is_weakly_typed, shapes_and_dtypes, types
+from helpers.training import scanned, trajectory
+from helpers.trees import as_arrays, is_weakly_typed, shapes_and_dtypes, types
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from optax_lookahead import lookahead, outer_loop, slow_params
 
@@ -45,7 +45,7 @@ every_policy = pytest.mark.parametrize("policy", POLICIES)
 
 
 def memory_of(name, state):
-    """Returns the state of the inner optimizer in the words of the reference."""
+    """Returns the state of the inner optimizer with the names of the reference."""
     if name == "momentum":
         return {"trace": to_vector(state.fast_state[0].trace)}
     adam = state.fast_state[0]
@@ -162,8 +162,8 @@ def test_interpolation_is_not_the_scaling_that_the_official_code_aliases_to(x64)
         assert np.all(same) if step < 2 * k - 1 else not np.any(same)
 
 
-# Optimizers with what a reset has to leave alone, by path, after six steps: all other
-# leaves are what `init` gives at the new parameters.
+# Optimizers, and by path what a reset has to keep of their state, after six steps: all
+# other leaves are what `init` gives at the new parameters.
 def falling(count):
     return 0.5 - 0.05 * jnp.asarray(count, jnp.float32)
 
@@ -172,7 +172,7 @@ PARAMS = {"w": jnp.array([[1.0, -2.0], [0.5, 3.0]]), "b": jnp.array([0.3, -0.7])
 LABELS = {"w": "x", "b": "y"}
 SGD = optax.sgd(falling, momentum=0.9)  # its schedule is at [1]
 RATE = 0.5 - 0.05 * 5  # which the sixth step took
-DECAY = optax.add_decayed_weights(falling)  # whose count stands still in Optax 0.2.6
+DECAY = optax.add_decayed_weights(falling)  # whose count does not change in Optax 0.2.6
 DECAYED = 6 * int(DECAY.update(PARAMS, DECAY.init(PARAMS), PARAMS)[1].count)
 KEPT = {
     "sgd": (SGD, {"[1].count": 6}),
@@ -280,7 +280,7 @@ def train_step(tx):
 
 
 def assert_reset(inner, params, fast_state, kept):
-    """Checks that the state is an initial one, but for the leaves named by path."""
+    """Checks that the state is an initial one, except for the leaves named by path."""
     fresh = as_arrays(inner.init(params))
     kept = dict(kept)
     for (path, got), start in zip(
@@ -297,13 +297,13 @@ def assert_reset(inner, params, fast_state, kept):
 
 
 @pytest.mark.parametrize("name", KEPT)
-def test_a_reset_leaves_alone_what_counts_training_time_and_nothing_else(name):
+def test_a_reset_keeps_what_counts_training_time_and_nothing_else(name):
     inner, kept = KEPT[name]
     tx = lookahead(inner, 3, 0.5, inner_state="reset")
     step, params, state = train_step(tx), PARAMS, tx.init(PARAMS)
     for _ in range(5):
         params, state = step(params, state)
-    # There is something to reset.
+    # The run has changed the state.
     with pytest.raises(AssertionError):
         assert_reset(inner, params, state.fast_state, kept)
     params, state = step(params, state)
@@ -325,7 +325,7 @@ def test_a_hand_set_hyperparameter_outlives_a_reset():
         np.testing.assert_allclose(updates[name], -0.025 * g, rtol=1e-6)
 
 
-def test_under_reset_a_schedule_goes_on_and_bias_correction_starts_again():
+def test_under_reset_a_schedule_continues_and_bias_correction_starts_again():
     # Adam's first bias-corrected step is the sign of the gradient times the rate.
     tx = lookahead(optax.adam(falling), 2, 1.0, inner_state="reset")
     params, state = PARAMS, tx.init(PARAMS)
@@ -340,7 +340,7 @@ def test_under_reset_a_schedule_goes_on_and_bias_correction_starts_again():
         params = optax.apply_updates(params, updates)
 
 
-def test_a_reset_turns_back_flags_and_random_keys():
+def test_a_reset_restores_flags_and_random_keys():
     inner = optax.apply_if_finite(optax.noisy_sgd(0.1, key=jax.random.key(0)), 9)
     tx = lookahead(inner, 2, inner_state="reset")
     state = tx.init(PARAMS)
@@ -426,8 +426,8 @@ def test_after_a_reset_every_optimizer_of_optax_is_as_initialised(name):
 # Their `init` asks for an array where `optax.tree.map_params` passes a placeholder.
 OPAQUE = {"backtracking_linesearch", "lbfgs"}
 OPAQUE_RULE = (
-    "`inner_state='interpolate'` must be able to tell what in the state of `inner` is "
-    "like the parameters, got an error from `optax.tree.map_params`: "
+    "`inner_state='interpolate'` must be able to find the trees in the state of "
+    "`inner` that are like the parameters, got an error from `optax.tree.map_params`: "
 )
 
 
@@ -514,7 +514,7 @@ MOVED = {
     "TraceState": {"trace"},
     "DAdaptAdamWState": {"exp_avg", "exp_avg_sq"},
     "ProdigyState": {"exp_avg", "exp_avg_sq"},
-    # What makes up a position, which moves as the weights do.
+    # Weights in the state, which are interpolated as the slow weights are.
     "COCOBState": {"cumulative_gradients", "scale", "subgradients", "reward"},
     "MadgradState": {"grad_sum_sq", "s"},
     "SAMState": {"cache"},
@@ -632,11 +632,11 @@ def found_in_optax():
     return fields, by_name
 
 
-def test_each_field_of_optax_that_is_like_the_parameters_is_known_to_move_or_to_stay():
+def test_each_field_of_optax_that_is_like_the_parameters_is_listed_to_move_or_to_stay():
     fields, _ = found_in_optax()
     assert not pairs(MOVED) & pairs(STAY)
-    assert not fields - pairs(MOVED) - pairs(STAY), "say in both tables what they do"
-    # Versions of Optax have not all of them.
+    assert not fields - pairs(MOVED) - pairs(STAY), "add them to MOVED or to STAY"
+    # Not every version of Optax has all of them.
     assert len(pairs(STAY) - fields) <= 6
     assert len(fields & pairs(MOVED)) > 25
 
@@ -653,7 +653,7 @@ NEITHER = {
     "InjectHyperparamsState",
     "InjectStatefulHyperparamsState",
     "MaskedState",
-    "MonitorState",  # all of it is what somebody measures
+    "MonitorState",  # measurements only
     "NormalizeState",
     "PartitionState",
     "ReduceLROnPlateauState",
@@ -666,7 +666,7 @@ NEITHER = {
 }
 
 
-def test_every_type_of_state_that_optax_exports_is_known():
+def test_every_type_of_state_that_optax_exports_is_listed():
     exported = {
         value.__name__
         for module in (optax, optax.contrib, optax.transforms, optax.schedules)
@@ -713,7 +713,7 @@ def field_trees(state, name, field):
 
 
 @pytest.mark.parametrize("name", STAYING)
-def test_interpolation_moves_no_field_that_is_no_moment(name):
+def test_interpolation_moves_no_field_that_is_not_a_moment(name):
     if name not in found_in_optax()[1]:
         pytest.skip("this version of Optax has no such optimizer")
     inner = optax.with_extra_args_support(further(name))
@@ -800,7 +800,9 @@ def test_gradients_that_are_being_accumulated_are_applied_once_and_whole(name, x
 @pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
 @pytest.mark.parametrize("alpha", [1.0, 0.5])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_an_infinite_moment_stays_infinite_and_becomes_no_nan(dtype, alpha, transform):
+def test_an_infinite_moment_stays_infinite_and_does_not_become_nan(
+    dtype, alpha, transform
+):
     inner = optax.sgd(0.1, momentum=0.5)
     tx = lookahead(inner, 2, alpha, inner_state="interpolate")
     params = {"s": jnp.asarray(1.0, dtype), "w": jnp.ones((2, 1, 2), dtype)}
@@ -853,7 +855,7 @@ def test_map_params_finds_the_anchor_among_what_is_like_a_parameter():
 
 
 @pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
-def test_on_a_mesh_each_anchor_lies_where_its_moment_does(transform):
+def test_on_a_mesh_each_anchor_has_the_sharding_of_its_moment(transform):
     mesh = make_mesh({"data": 2, "model": 2}, AxisType.Auto, jax.devices()[:4])
     shardings = {
         "w": NamedSharding(mesh, P("data", "model")),
@@ -945,7 +947,7 @@ def test_flax_trains_under_a_policy(policy):
 
 
 class Trained(NamedTuple):
-    """The state of somebody's own schedule, which `"reset"` does not know."""
+    """The state of a user's own schedule, which `"reset"` does not know."""
 
     count: jax.Array
 
@@ -959,7 +961,7 @@ def own_schedule(rate):
 
 
 def keep_trained(state, fresh):
-    """Restarts the moments and lets the schedule go on."""
+    """Restarts the moments and keeps the schedule's count."""
     return tuple(
         s if isinstance(s, Trained) else f for s, f in zip(state, fresh, strict=True)
     )
@@ -1028,7 +1030,7 @@ def test_a_function_that_returns_something_else_is_refused_by_name(function, rul
 
 @pytest.mark.parametrize("policy", ["keep", "reset", None])
 @pytest.mark.parametrize("name", ["lbfgs", "backtracking"])
-def test_the_loss_that_a_line_search_keeps_is_void_after_a_sync(name, policy):
+def test_the_loss_that_a_line_search_keeps_is_infinite_after_a_sync(name, policy):
     inner = {
         "lbfgs": optax.lbfgs(),
         "backtracking": optax.chain(

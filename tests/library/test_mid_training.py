@@ -1,6 +1,6 @@
 """What if lookahead is turned on, changed or turned off in mid-training?
 
-Every step is compared with Adam and Algorithm 1 in NumPy, which change likewise.
+Every step is compared with Adam and Algorithm 1 in NumPy, where the same is changed.
 """
 
 import functools
@@ -13,8 +13,8 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-import reference
-from pages import run_block
+from helpers import reference
+from helpers.pages import run_block
 
 from optax_lookahead import lookahead, outer_loop, slow_params, with_inner_state
 
@@ -111,7 +111,7 @@ def test_lookahead_is_turned_on_and_off_around_an_adam_that_keeps_its_state(
         (5, optax.linear_schedule(0.0, 1.0, 4)),
     ],
 )
-def test_a_state_saved_with_another_k_and_alpha_goes_on_with_the_new_ones(
+def test_a_state_saved_with_another_k_and_alpha_continues_with_the_new_ones(
     k, alpha, done, x64
 ):
     paper, tx = Paper(), lookahead(ADAM, 5, 0.5)
@@ -171,7 +171,7 @@ MOMENTUM = optax.sgd(0.1, momentum=0.9)
     ids=["adam", "momentum", "momentum, reset"],
 )
 @pytest.mark.parametrize("done", [5, 6, 8, 9])
-def test_a_checkpoint_of_optax_lookahead_goes_on_as_it_would_have(
+def test_a_checkpoint_of_optax_lookahead_continues_as_it_would_have(
     inner, reset, done, restore, tmp_path, x64
 ):
     theirs = optax.lookahead(inner, 5, 0.4, reset_state=reset)

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers.meshes import make_mesh, use_mesh
+from helpers.training import scanned, trajectory
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from meshes import make_mesh, use_mesh
-from training import scanned, trajectory
 
 from optax_lookahead import lookahead, slow_params
 
@@ -196,7 +196,7 @@ def scan_with_skips(tx, params, flags):
 def test_the_state_has_one_type_in_cond_and_scan(x64, name, dtype):
     tx, params = make(name), initial_params(dtype)
     flags = jnp.array([True, False])
-    # Both branches have to agree, and the carry with what it was.
+    # Both branches must have one type, and the carry must keep its type.
     before, after = jax.eval_shape(lambda p: scan_with_skips(tx, p, flags), params)
     assert types(after) == types(before) == types((params, tx.init(params)))
     # `cond` and `scan` let a weak type pass.
@@ -205,7 +205,7 @@ def test_the_state_has_one_type_in_cond_and_scan(x64, name, dtype):
 
 
 @every_inner
-def test_steps_that_cond_skips_do_not_count(name):
+def test_steps_that_cond_skips_are_not_counted(name):
     tx, params = make(name), initial_params()
     flags = jnp.array([True, False, True, False, False, True])
     _, after = jax.jit(lambda p: scan_with_skips(tx, p, flags))(params)

@@ -1,6 +1,7 @@
-"""Is the outer optimizer called as Optax calls one, and nothing of it lost?
+"""Is the outer optimizer called as Optax calls any optimizer?
 
-With derivatives, NaN checks, named scopes, callbacks, and Python in an eager loop.
+Derivatives, NaN checks, named scopes, callbacks, and Python branches in an eager loop
+must work in it.
 """
 
 import functools
@@ -12,17 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from compiling import as_shipped
+from helpers.compiling import as_shipped
+from helpers.rows import slow_but
 from jax.experimental import checkify
-from rows import slow_but
 
 from optax_lookahead import lookahead, outer_loop
 
 K, STEPS = 2, 5
 START = {"w": np.array([[1.0, -0.5, 2.0]]), "b": np.array([0.3, -1.2])}
-# Of these an optimizer's second hyperparameter is the first that it has.
+# An optimizer's second hyperparameter is the first of these that it has.
 SECOND = ("momentum", "b1", "decay", "beta1", "weight_decay")
-# What no outer optimizer can be: it wants a loss, a second gradient, or a true one.
+# Cannot be outer optimizers: they need a loss, a second gradient, or a gradient of the
+# loss in place of a pseudo-gradient.
 NOT_OUTER = {
     "adamw_bf16",
     "lbfgs",
@@ -91,8 +93,8 @@ def by_hand(name, x):
         updates, state = inner.update(gradient(fast, step), state, fast)
         fast = optax.apply_updates(fast, updates)
         if (step + 1) % K == 0:
-            way = jax.tree.map(jnp.subtract, slow, fast)
-            updates, outer_state = outer.update(way, outer_state, slow)
+            pseudo_grads = jax.tree.map(jnp.subtract, slow, fast)
+            updates, outer_state = outer.update(pseudo_grads, outer_state, slow)
             fast = slow = optax.apply_updates(slow, updates)
     return loss(fast)
 
@@ -118,9 +120,10 @@ def test_discovery_finds_the_optimizers_that_can_be_outer_ones():
     assert len(NAMES) >= 35
 
 
-# Its derivatives are NaN at its third call, by hand too. Ours comes a step sooner.
+# Its derivatives are NaN at its third call, also in plain loops, where that call comes
+# one step later.
 NAN_AT_THE_THIRD_CALL = "radam"
-# Where its first call stands, `max(0, 0)`, a rounding decides between derivatives.
+# Its first call computes `max(0, 0)`, where rounding decides between two derivatives.
 ON_A_KINK = "cocob"
 
 
@@ -152,7 +155,7 @@ def test_derivatives_are_those_of_two_plain_loops(x64, monkeypatch, name):
 
 
 @pytest.mark.slow
-def test_they_are_so_for_a_batch_of_hyperparameters_too(x64):
+def test_derivatives_for_a_batch_of_hyperparameters_are_those_of_two_plain_loops(x64):
     several = np.stack([AT, AT * 0.9, AT * 1.1])
     for name in ("adam", "sgd"):
         expected = [
@@ -163,7 +166,7 @@ def test_they_are_so_for_a_batch_of_hyperparameters_too(x64):
 
 
 def warm_up(eps_root, loop):
-    """Returns the derivative by the outer rate if the first cycle stands still."""
+    """Returns the derivative by the outer rate if nothing moves in the first cycle."""
 
     def final(rate):
         inner = optax.sgd(lambda count: jnp.where(count < K, 0.0, 0.1))
@@ -172,7 +175,7 @@ def warm_up(eps_root, loop):
     return jax.jit(jax.grad(final))(0.3)
 
 
-def test_a_way_of_exactly_zero_needs_an_eps_root_as_in_two_plain_loops(x64):
+def test_a_pseudo_gradient_of_zero_needs_an_eps_root_as_in_two_plain_loops(x64):
     def two_loops(inner, outer):
         slow = fast = start(AT)
         state, outer_state = inner.init(slow), outer.init(slow)
@@ -180,8 +183,8 @@ def test_a_way_of_exactly_zero_needs_an_eps_root_as_in_two_plain_loops(x64):
             updates, state = inner.update(gradient(fast, step), state, fast)
             fast = optax.apply_updates(fast, updates)
             if step % 2:
-                way = jax.tree.map(jnp.subtract, slow, fast)
-                updates, outer_state = outer.update(way, outer_state, slow)
+                pseudo_grads = jax.tree.map(jnp.subtract, slow, fast)
+                updates, outer_state = outer.update(pseudo_grads, outer_state, slow)
                 fast = slow = optax.apply_updates(slow, updates)
         return loss(fast)
 
@@ -208,7 +211,7 @@ def stepper(name):
 
 
 def raises_alone(name):
-    """Returns whether the outer optimizer meets a NaN, given ones between syncs."""
+    """Returns whether the outer optimizer computes a NaN, given ones between syncs."""
     _, outer = optimizers(name, AT)
     params = start(AT)
     state, update = outer.init(params), jax.jit(outer.update)
@@ -224,7 +227,7 @@ def raises_alone(name):
 
 
 @every_outer
-def test_nan_checks_find_nothing_that_is_not_in_the_outer_optimizer_alone(name):
+def test_nan_checks_find_only_what_they_find_in_the_outer_optimizer_alone(name):
     tx, step = stepper(name)
     step = jax.jit(step)
     with jax.debug_nans(True):
@@ -235,11 +238,11 @@ def test_nan_checks_find_nothing_that_is_not_in_the_outer_optimizer_alone(name):
             for i in range(STEPS):
                 params, state = jax.block_until_ready(step(params, state, i))
         except FloatingPointError:
-            assert alone, "the outer optimizer alone meets no NaN"
+            assert alone, "the outer optimizer alone computes no NaN"
 
 
 @pytest.mark.parametrize("name", ["adam", "sgd"])
-def test_checkify_finds_nothing_either(name):
+def test_checkify_finds_only_what_it_finds_in_the_outer_optimizer_alone(name):
     tx, step = stepper(name)
     checked = jax.jit(checkify.checkify(step, errors=checkify.float_checks))
     params = start(AT)
@@ -290,13 +293,13 @@ def test_python_branches_and_numpy_schedules_work_in_an_eager_loop():
             params = optax.apply_updates(params, updates)
         assert np.all(np.isfinite(params))
         assert state.sync_count == 2
-    # The same as by hand, for the branch.
+    # The same branch by hand.
     slow, count = np.ones(3), 0
     for _ in range(2):
         fast = slow * 0.9 * 0.9
-        way = slow - fast
-        rate = 0.5 if np.sum(way**2) > 0.1 else falling(count)
-        slow, count = slow - rate * way, count + 1
+        pseudo_grad = slow - fast
+        rate = 0.5 if np.sum(pseudo_grad**2) > 0.1 else falling(count)
+        slow, count = slow - rate * pseudo_grad, count + 1
     tx = outer_loop(optax.sgd(0.1), eager, 2)
     params = jnp.ones(3)
     state = tx.init(params)
@@ -306,12 +309,12 @@ def test_python_branches_and_numpy_schedules_work_in_an_eager_loop():
     np.testing.assert_allclose(params, slow, rtol=1e-6)
 
 
-def test_what_its_state_promises_holds_in_every_call():
+def test_invariants_of_its_state_hold_in_every_call():
     # Two counters that are always one apart, and a sum that its parts add up to.
     def update(updates, state, params=None):
         low, high, parts, total = state
-        checkify.check(high == low + 1, "the counters parted")
-        checkify.check(jnp.allclose(jnp.sum(parts), total), "the sum is off")
+        checkify.check(high == low + 1, "the counters disagree")
+        checkify.check(jnp.allclose(jnp.sum(parts), total), "the sum is wrong")
         parts = parts + jnp.abs(updates)
         return -0.5 * updates, (low + 1, high + 1, parts, jnp.sum(parts))
 
@@ -346,13 +349,13 @@ def test_ordered_callbacks_inside_it_run_once_in_every_update(transform):
         updates, state = step(params, state, params)
         params = optax.apply_updates(params, updates)
     jax.effects_barrier()
-    assert seen == [0, 0, 1, 1, 2]  # as many syncs as lay behind each update
+    assert seen == [0, 0, 1, 1, 2]  # the number of syncs before each update
 
 
-def test_its_own_arguments_reach_it_alone_and_win_over_a_shared_name():
+def test_its_own_arguments_reach_it_alone_and_override_a_shared_name():
     seen = {}
 
-    def remember(name):
+    def recorder(name):
         def update(updates, state, params=None, **extra_args):
             extra_args.pop("inner_step", None)
             seen[name] = extra_args
@@ -360,7 +363,7 @@ def test_its_own_arguments_reach_it_alone_and_win_over_a_shared_name():
 
         return optax.GradientTransformationExtraArgs(lambda params: (), update)
 
-    tx = outer_loop(remember("inner"), remember("outer"), 2)
+    tx = outer_loop(recorder("inner"), recorder("outer"), 2)
     params = jnp.ones(2)
     state = tx.init(params)
     tx.update(params, state, params, value=1, both=2)

@@ -1,6 +1,6 @@
 """Does an outer optimizer take the slow step, and only that?
 
-The recurrences of the papers are in `reference.py`, and compared in float64.
+The recurrences of the papers are in `helpers/reference.py`, and compared in float64.
 """
 
 import jax
@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import reference
-from training import scanned
+from helpers import reference
+from helpers.training import scanned
 
 from optax_lookahead import lookahead, outer_loop, slow_params
 
@@ -30,7 +30,7 @@ def visit(tx, steps, gradient=gradient):
 
 
 def deviation(got, expected):
-    """Returns the largest relative deviation; what is nearly zero counts as 0.01."""
+    """Returns the largest deviation, relative to the value or to 0.01 if it is less."""
     got, expected = np.asarray(got), np.asarray(expected)
     assert got.shape == expected.shape
     assert np.all(np.isfinite(expected))
@@ -255,7 +255,7 @@ def test_a_schedule_in_the_outer_optimizer_counts_syncs():
 
 
 class Recorder:
-    """An optimizer that keeps what its `update` was called with."""
+    """An optimizer that records the arguments of its `update`."""
 
     def __init__(self, tx):
         self.tx, self.calls = optax.with_extra_args_support(tx), []

@@ -1,7 +1,7 @@
-"""Does any outer optimizer do what it would do if it were called at the syncs only?
+"""Does any outer optimizer give the results of calls at the syncs only?
 
-The package evaluates it in every step, in an order that the compiler can write in
-place; it must not show. Compared with two loops by hand that call it at a sync.
+The package evaluates it in every step, so that the compiler can write in place. That
+must not change the results. They are compared with two loops that call it at a sync.
 """
 
 import functools
@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers.meshes import make_mesh, use_mesh
+from helpers.training import scanned, trajectory, two_loops_with_outer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from meshes import make_mesh, use_mesh
-from training import scanned, trajectory, two_loops_with_outer
 
 from optax_lookahead import lookahead, outer_loop
 
@@ -127,11 +127,11 @@ OUTERS = {
     "trace alone": chained(optax.trace(0.5)),
     "its own new state": of(zeros, its_own_new_state),
     "no state": optax.scale(-0.5),
-    "remembers the parameters": optax.GradientTransformation(
+    "stores the parameters": optax.GradientTransformation(
         zeros,
         lambda g, state, params: (optax.tree.add_scale(scaled(g), -0.1, state), params),
     ),
-    "remembers what it was given": of(zeros, lambda g, s: (scaled(g), g)),
+    "stores the gradients": of(zeros, lambda g, s: (scaled(g), g)),
     "trades places": of(
         lambda params: (zeros(params), params),
         lambda g, s: (scaled(optax.tree.add(g, s[0])), (s[1], s[0])),
@@ -192,7 +192,7 @@ def assert_close(got, expected, rtol=2e-5):
     jax.tree.map(leaf, numbers(got), numbers(expected))
 
 
-VALUE = jnp.float32(1.0)  # what the plateau wants to know
+VALUE = jnp.float32(1.0)  # which `reduce_on_plateau` needs
 
 
 @functools.cache
@@ -244,7 +244,7 @@ def test_it_is_as_if_the_outer_optimizer_were_called_at_a_sync_only(name, transf
         assert_same_bits(after.slow_params, params)
 
 
-def test_other_leaves_than_floating_ones_pass_the_outer_optimizer_by():
+def test_leaves_that_are_not_floating_do_not_reach_the_outer_optimizer():
     params = {
         "w": jnp.array([1.0, -2.0]),
         "frozen": jnp.ones(2),
@@ -297,7 +297,7 @@ def test_other_leaves_than_floating_ones_pass_the_outer_optimizer_by():
         lambda params, step: params, 2, 4,
     )  # fmt: skip
     for i, (fast, _, _) in enumerate(visited):
-        if i == 1:  # within a cycle, somebody sets what no optimizer moves
+        if i == 1:  # within a cycle, the loop sets what no optimizer moves
             params |= {"frozen": jnp.zeros(2), "flag": ~params["flag"]}
             current |= {name: params[name] for name in ("frozen", "flag")}
         current, state = step(current, state)

@@ -1,7 +1,7 @@
 """What if the training loop overwrites some of its parameters in mid-cycle?
 
-Every step is compared with Algorithm 1 in NumPy, in which the same is written into the
-slow weights, and nothing else changes.
+Every step is compared with Algorithm 1 in NumPy, where the same values are written into
+the slow weights, and nothing else changes.
 """
 
 import functools
@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from optimizers import multi_steps
+from helpers.optimizers import multi_steps
 
 from optax_lookahead import (
     average_replicas,
@@ -126,7 +126,7 @@ WRAPPERS = {
 
 
 @pytest.mark.parametrize("name", WRAPPERS)
-def test_the_overwritten_parameters_go_on_from_there_and_the_others_in_their_cycle(
+def test_overwritten_parameters_train_from_the_new_values_and_others_as_before(
     x64, name
 ):
     for at in (5, 7):
@@ -135,16 +135,16 @@ def test_the_overwritten_parameters_go_on_from_there_and_the_others_in_their_cyc
 
 @pytest.mark.parametrize("at", range(K, 2 * K))
 @pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
-def test_they_do_so_from_every_step_of_a_cycle(x64, at, transform):
+def test_parameters_can_be_overwritten_at_every_step_of_a_cycle(x64, at, transform):
     got = train(quick(), at, transform(head_alone), transform)
     assert_close(got, paper(at))
 
 
-def test_otherwise_the_next_sync_partly_undoes_it(x64):
+def test_without_set_slow_params_the_next_sync_partly_undoes_the_change(x64):
     got = train(quick(), 6, lambda state, params: state)
     assert_close(got, paper(6, told=False))
     ahead = add(got[7]["head"], paper(6)[7]["head"], -1.0)
-    # By half of what is between what was written and the slow weights of before.
+    # By half of the difference of the new values and the slow weights.
     old = paper(6, told=False)[3]["head"]
     expected = jax.tree.map(lambda x, y: ALPHA * (x - y), old, NEW["head"])
     assert_close([ahead], [expected])
@@ -152,7 +152,7 @@ def test_otherwise_the_next_sync_partly_undoes_it(x64):
 
 @pytest.mark.parametrize("at", [5, 6, 7])
 @pytest.mark.parametrize("outer_k", [4, 8])
-def test_every_level_of_nested_lookaheads_goes_on_from_there(x64, at, outer_k):
+def test_every_level_of_nested_lookaheads_takes_the_new_values(x64, at, outer_k):
     tx = lookahead(quick(2), outer_k, ALPHA)
     assert_close(train(tx, at, head_alone), paper(at, (2, outer_k)))
     # In an outer optimizer too.
@@ -169,7 +169,7 @@ def test_every_level_of_nested_lookaheads_goes_on_from_there(x64, at, outer_k):
     ],
     ids=["flatten", "flatten of split", "split of flatten"],
 )
-def test_in_one_vector_all_are_given_the_others_as_their_slow_weights_are(x64, tx):
+def test_in_one_vector_all_are_given_and_the_others_as_their_slow_weights(x64, tx):
     def overwrite(state, params):
         return set_slow_params(state, slow_params(state, params) | NEW)
 
@@ -185,7 +185,7 @@ def test_a_complex_parameter_in_two_parts_is_set_beside_one_that_is_not():
     np.testing.assert_array_equal(slow["w"], params["w"])
 
 
-def test_all_parameters_given_start_anew_but_for_the_counter(x64):
+def test_all_parameters_can_be_overwritten_and_the_counter_stays(x64):
     # The best weights reloaded: a cycle that is shorter, from the loaded weights.
     loaded = jax.tree.map(lambda p: jnp.asarray(p) + 1.0, START)
     tx = quick()
@@ -238,7 +238,7 @@ def test_a_wide_slow_weight_takes_what_is_new_and_keeps_its_bits_elsewhere(
     new = {"a": jnp.asarray([1.0, 0.0, jnp.nan], dtype)}
     got = transform(set_slow_params)(state, new)
     assert got.slow_params["a"].dtype == jnp.float32
-    # Its own rounding is no new value, and a NaN none to go on from.
+    # A parameter that is the slow weight's rounding is not new, and NaN is ignored.
     np.testing.assert_array_equal(
         got.slow_params["a"], wide["a"].at[1].set(0.0).astype(jnp.float32)
     )
@@ -291,7 +291,7 @@ def test_one_member_of_a_population_takes_the_weights_of_another(x64):
 
 
 def test_merged_adapters_keep_the_whole_merge_in_a_frozen_matrix():
-    # ReLoRA: W takes B A in mid-cycle, B starts from 0, A is drawn anew.
+    # ReLoRA: W takes B A in mid-cycle, B starts from 0, A is drawn again.
     labels = {"W": "frozen", "B": "lora", "A": "lora"}
     inner = optax.partition(
         {"frozen": optax.set_to_zero(), "lora": optax.sgd(0.1)}, labels
@@ -311,7 +311,7 @@ def test_merged_adapters_keep_the_whole_merge_in_a_frozen_matrix():
     np.testing.assert_array_equal(params["A"], jnp.full((1, 2), 2.0))
 
 
-def test_a_fragment_stays_in_its_stagger():
+def test_fragments_still_sync_at_their_own_steps():
     # Streaming fragments: one period, two offsets.
     tx = optax.partition({"x": quick(), "y": quick()}, {"a": "x", "b": "y"})
     params = {"a": jnp.ones(2), "b": jnp.ones(2)}
@@ -336,7 +336,7 @@ def test_a_fragment_stays_in_its_stagger():
     assert counters(optax.tree.set(state, steps_since_sync=zero)) == [0, 0]
 
 
-def test_on_all_replicas_alike_they_stay_in_step():
+def test_replicas_that_all_overwrite_a_parameter_still_sync_together():
     outer = optax.chain(average_replicas("replica"), optax.sgd(1.0))
     tx = outer_loop(optax.sgd(0.1), outer, 3)
     rate = jnp.asarray([1.0, 3.0])  # their gradients
@@ -350,7 +350,7 @@ def test_on_all_replicas_alike_they_stay_in_step():
         grads = jnp.broadcast_to(rate[:, None], params.shape)
         updates, state = update(grads, state, params)
         params = optax.apply_updates(params, updates)
-    # Two steps of 0.1 times the mean gradient of 2, from what was written.
+    # Two steps of 0.1 times the mean gradient of 2, from the new values.
     np.testing.assert_allclose(params, jnp.full((2, 2), 4.6), rtol=1e-6)
     np.testing.assert_array_equal(state.steps_since_sync, [0, 0])
 

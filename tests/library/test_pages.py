@@ -1,7 +1,7 @@
 """Does everything that the pages show run, and do their links lead somewhere?
 
-`pages.py` says how a block is labelled. A `pycon` block is a doctest, which pytest runs
-by itself.
+`helpers/pages.py` says how a block is labelled. A `pycon` block is a doctest, which
+pytest runs by itself.
 """
 
 import ast
@@ -19,7 +19,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
-from pages import (
+from helpers.pages import (
     LABEL,
     LABELLED,
     PAGES,
@@ -30,7 +30,7 @@ from pages import (
     python_blocks,
     run_block,
 )
-from training import scanned, two_loops_with_outer
+from helpers.training import scanned, two_loops_with_outer
 
 from optax_lookahead import lookahead, slow_params
 
@@ -280,7 +280,7 @@ def test_weights_that_keep_their_norm_have_it_after_every_sync():
     # Where XLA compiles quickly, a square root or a quotient may have 12 bits.
     np.testing.assert_allclose(norms[synced], jnp.linalg.norm(start["w"]), rtol=1e-3)
     assert np.all(norms[~synced] < 0.999 * jnp.linalg.norm(start["w"]))
-    assert np.all(params["b"][-1] < 1.0)  # vectors go where they like
+    assert np.all(params["b"][-1] < 1.0)  # vectors are not normalized
 
 
 def test_the_average_of_the_last_slow_weights_has_less_noise(capsys):
@@ -297,7 +297,7 @@ def test_the_metrics_are_the_distances_of_two_loops(capsys):
     )
     lines, last = "", 0.0
     for step, (fast, slow, _) in enumerate(visited, 1):
-        if step % 3 == 0:  # half of the way was taken
+        if step % 3 == 0:  # the sync took half of it
             last = 2 * np.linalg.norm(slow - visited[step - 2][1])
         apart = np.linalg.norm(fast - slow)
         lines += f"step {step}: {apart:.3f} apart, last cycle {last:.3f}\n"

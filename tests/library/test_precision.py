@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from compiling import as_shipped
-from training import trajectory
-from trees import bits
+from helpers.compiling import as_shipped
+from helpers.training import trajectory
+from helpers.trees import bits
 
 from optax_lookahead import lookahead, slow_params
 
@@ -95,9 +95,7 @@ def test_updates_and_state_keep_their_dtypes(x64, dtype, alpha):
     ("params_dtype", "updates_dtype"),
     [("float32", "bfloat16"), ("bfloat16", "float32"), ("float16", "float32")],
 )
-def test_updates_come_back_in_the_dtype_of_the_inner_updates(
-    params_dtype, updates_dtype
-):
+def test_updates_have_the_dtype_of_the_inner_updates(params_dtype, updates_dtype):
     tx = lookahead(optax.sgd(0.05), 1, 0.5)
     params, grads = jnp.ones(3, params_dtype), jnp.ones(3, updates_dtype)
     updates, state = tx.update(grads, tx.init(params), params)

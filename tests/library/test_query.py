@@ -1,4 +1,4 @@
-"""Does `slow_params` find the slow weights, wherever a wrapper has put them?"""
+"""Does `slow_params` find the slow weights in any wrapper?"""
 
 import re
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from training import trajectory
+from helpers.training import trajectory
 
 from optax_lookahead import lookahead, slow_params
 
@@ -76,7 +76,7 @@ def test_after_a_sync_they_are_the_parameters_even_if_a_later_transform_moved_th
     assert_equal(slow, params)
 
 
-def test_parameters_without_a_slow_copy_come_back_as_they_are():
+def test_parameters_without_a_slow_copy_are_returned_as_they_are():
     tx = lookahead(optax.sgd(0.1), 3)
     slow, params = slow_after(optax.masked(tx, {"a": {"x": True}, "b": False}), 2)
     assert_equal(slow, {"a": PARAMS["a"], "b": params["b"]})
@@ -96,7 +96,7 @@ def test_lookaheads_of_different_periods_on_different_parameters_are_merged():
     assert_equal(slow_params(state, params), {"a": after_2["a"], "b": PARAMS["b"]})
 
 
-def test_of_nested_lookaheads_the_outermost_counts():
+def test_of_nested_lookaheads_the_outermost_is_read():
     slow, _ = slow_after(lookahead(lookahead(optax.sgd(0.1), 2), 6), 4)
     assert_equal(slow, PARAMS)
 
@@ -155,11 +155,11 @@ OTHER_TREES = {
 }
 
 
-# Optax's own vector of complex and real parameters warns when it is taken apart.
+# JAX warns when a vector of complex and real parameters is unflattened.
 @pytest.mark.filterwarnings("ignore:Casting from complex:DeprecationWarning")
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("name", OTHER_TREES)
-def test_it_reads_through_wrappers_that_hand_on_another_tree(name, wide):
+def test_it_reads_through_wrappers_that_change_the_tree(name, wide):
     start, tx = OTHER_TREES[name]
     params, state = start, tx.init(start)
     for steps in range(1, 6):
@@ -193,12 +193,12 @@ def test_a_vector_of_a_part_is_refused_with_both_shapes_and_read_with_that_part(
     state = tx.init(TREE)
     message = (
         "`opt_state` must hold slow weights of the tree `params`, got one vector of "
-        "shape (3,), where the leaves of `params` are 7 numbers."
+        "shape (3,), where `params` has 7 numbers."
     )
     with pytest.raises(ValueError, match=re.escape(message)) as refusal:
         slow_params(state, TREE)
     for name in ("optax.flatten", "optax.masked", "optax.partition"):
         assert name in str(refusal.value)
-    # What it says: that wrapper's state, with that part.
+    # The remedy: that wrapper's state, with that part.
     part = {"a": TREE["a"]}
     np.testing.assert_array_equal(slow_params(state, part)["a"], TREE["a"])

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import reference
-from noisy_problem import START, gradient, numpy_gradient, to_tree, to_vector
-from rows import slow_but
-from training import scanned, trajectory
+from helpers import reference
+from helpers.noisy_problem import START, gradient, numpy_gradient, to_tree, to_vector
+from helpers.rows import slow_but
+from helpers.training import scanned, trajectory
 
 from optax_lookahead import lookahead, slow_params
 
@@ -33,7 +33,7 @@ def assert_equals_reference(visited, inner, k, alpha):
 
 
 PAIRS = [(k, alpha) for k in (1, 2, 5, 7) for alpha in (0.2, 0.5, 0.8, 1.0)]
-# Every k and every alpha; with each other they have little to do.
+# Every k and every alpha, but not every pair, since they hardly interact.
 FEW = [(1, 0.5), (2, 0.2), (5, 0.8), (7, 1.0)]
 
 
@@ -110,8 +110,8 @@ def test_it_agrees_with_optax_lookahead_where_that_works(x64, name):
 
 def test_hand_worked_trajectory():
     # The gradient is 1 and the learning rate 1. From 0, cycles of 3, alpha 1/2:
-    # 0 -> -1 -> -2 -> -3, half-way back to 0: -1.5 -> -2.5 -> -3.5 -> -4.5, half-way
-    # back to -1.5: -3.
+    # 0 -> -1 -> -2 -> -3, whose mean with 0 is -1.5 -> -2.5 -> -3.5 -> -4.5, whose mean
+    # with -1.5 is -3.
     visited = trajectory(
         lookahead(optax.sgd(1.0), k=3, alpha=0.5),
         jnp.array(0.0),

@@ -1,4 +1,4 @@
-"""Does `replica_axes` say of every state what is each replica's own?"""
+"""Does `replica_axes` find the arrays that replicas share in any state?"""
 
 import jax
 import jax.numpy as jnp
@@ -138,5 +138,5 @@ def test_the_tree_is_that_of_the_state_and_fits_vmap(name):
 
 
 def test_a_state_without_a_lookahead_is_refused_with_the_remedy():
-    with pytest.raises(ValueError, match="Pass what `init` of the whole optimizer"):
+    with pytest.raises(ValueError, match="Pass what the whole optimizer's `init`"):
         replica_axes(ADAM.init(PARAMS))

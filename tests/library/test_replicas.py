@@ -18,12 +18,12 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-import transformer
 from flax import nnx
+from helpers import transformer
+from helpers.meshes import make_mesh
+from helpers.pages import run_block
+from helpers.rows import slow_but
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from meshes import make_mesh
-from pages import run_block
-from rows import slow_but
 
 from optax_lookahead import (
     average_replicas,
@@ -310,7 +310,7 @@ def loop(name, dtype):
 
 
 def deviation(name, form, dtype):
-    """Returns how far from the loop replicas get, and how far they may."""
+    """Returns how much replicas differ from the loop, and how much they may."""
     with precision(dtype):
         run = list(train(ROWS[name], form, *problem(dtype, ROWS[name].steps)))
     bound = 1e-12
@@ -331,7 +331,7 @@ def test_replicas_are_separate_workers_that_sync(name, form):
 
 
 @pytest.mark.parametrize(("name", "form"), slow_but([("adamw", "shard_map")], PAIRS))
-def test_in_float32_they_are_to_its_rounding(name, form):
+def test_in_float32_they_are_separate_workers_up_to_rounding(name, form):
     found, bound = deviation(name, form, "float32")
     assert found <= bound
 
@@ -362,7 +362,7 @@ class LinenModel(nn.Module):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("library", slow_but(["nnx"], ["nnx", "linen"]))
-def test_parameters_of_flax_are_as_good_as_any(x64, library, form):
+def test_parameters_of_flax_can_have_replicas_too(x64, library, form):
     if library == "nnx":
         graphdef, start = nnx.split(NnxModel(nnx.Rngs(0)))
 
@@ -390,7 +390,7 @@ def saved_and_restored(folder, tree):
         return checkpointer.restore(folder / "checkpoint", tree)
 
 
-def test_a_run_that_is_saved_in_mid_cycle_goes_on_as_if_it_had_not_stopped(
+def test_a_run_that_is_saved_in_mid_cycle_continues_as_if_it_had_not_stopped(
     x64, tmp_path
 ):
     def after(step, params, state):
@@ -402,7 +402,7 @@ def test_a_run_that_is_saved_in_mid_cycle_goes_on_as_if_it_had_not_stopped(
     assert largest_difference(run, loop("adamw", "float64")) <= 1e-12
 
 
-def test_a_checkpoint_without_an_axis_on_the_counts_goes_on(x64, tmp_path):
+def test_a_checkpoint_without_an_axis_on_the_counts_continues(x64, tmp_path):
     # As older versions of the page said, an array without axes was all replicas'. So
     # the parameters had one or more.
     tx = averaged(ADAMW)
@@ -541,7 +541,7 @@ def test_one_bad_shard_leaves_out_the_whole_replica_or_if_manual_the_shard(form)
         np.testing.assert_allclose(got, np.stack([expected] * 3), rtol=1e-5, atol=1e-6)
 
 
-# Small things.
+# Special cases.
 
 
 def test_arrays_without_elements_are_parameters_too():
@@ -651,7 +651,7 @@ def test_the_programs_on_the_page_are_muloco(label):
         assert split == (1, 8, 16), "a replica stays sharded"
 
 
-def test_an_outer_step_of_its_own_does_the_same():
+def test_the_outer_step_as_a_program_of_its_own_does_the_same():
     page = run_block("many-workers-own-outer-step")
     w, v = jax.random.normal(jax.random.key(0), (2, 3, 8)) / 2
     start = {"w": w, "v": v.T[:, :1], "scale": jnp.ones([])}
@@ -677,7 +677,7 @@ def test_fragments_sync_at_different_steps():
     assert final_difference(page["params"], row, *problem) < 1e-5
 
 
-def test_another_number_of_replicas_goes_on_from_one():
+def test_another_number_of_replicas_continues_from_one():
     for_replicas = run_block("many-workers-another-number")["for_replicas"]
     outer = optax.sgd(0.7, momentum=0.9)
     tx = averaged(optax.sgd(0.1, momentum=0.5), 2, outer)

@@ -13,8 +13,8 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
+from helpers.rows import slow_but
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from rows import slow_but
 
 from optax_lookahead import lookahead, outer_loop, slow_params
 
@@ -91,7 +91,7 @@ def assert_same_bits(tree, expected):
         assert a.tobytes() == b.tobytes(), where
 
 
-# Ways to save a tree, each with its way to restore it into a tree like `template`.
+# Functions that save a tree and restore it into a tree like `template`.
 
 
 def orbax(folder, tree, template):
@@ -151,7 +151,7 @@ def npz(folder, tree, template):
         npz,
     ],
 )
-def test_a_restored_state_goes_on_bit_for_bit_from_every_step_of_a_cycle(
+def test_a_restored_state_continues_bit_for_bit_from_every_step_of_a_cycle(
     restored, inner_state, tmp_path
 ):
     expected = uninterrupted(inner_state)
@@ -172,7 +172,7 @@ def test_a_restored_state_goes_on_bit_for_bit_from_every_step_of_a_cycle(
 
 
 @telling_states
-def test_an_nnx_model_and_optimizer_go_on_bit_for_bit_from_every_step_of_a_cycle(
+def test_an_nnx_model_and_optimizer_continue_bit_for_bit_from_every_step_of_a_cycle(
     inner_state, tmp_path
 ):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(32, 3)), jnp.float32)
@@ -241,7 +241,7 @@ def assert_sharded_like(tree, params):
 
 
 @telling_states
-def test_a_state_saved_on_eight_devices_goes_on_bit_for_bit_on_four(
+def test_a_state_saved_on_eight_devices_continues_bit_for_bit_on_four(
     inner_state, tmp_path
 ):
     tx = make(inner_state)
@@ -326,7 +326,7 @@ def test_flax_names_the_field_that_a_checkpoint_of_another_tree_lacks():
 def test_update_names_the_leaf_where_an_unpickled_state_is_of_other_parameters(
     params, message
 ):
-    # With an inner optimizer that has no say in the matter.
+    # SGD, which does not read the parameters and so raises no error itself.
     tx = lookahead(optax.sgd(0.1))
     state = pickle.loads(pickle.dumps(tx.init(initial_params())))
     with pytest.raises(ValueError, match=message):
@@ -361,7 +361,7 @@ def from_release(name):
     saved = arrays(saved["state"])
     anchor = saved["anchor"]
     if name == "interpolate":
-        # As it comes from a pickle: with what it has no anchor of as None.
+        # As in a pickle of that release: None for fields that are not interpolated.
         moments = {"mu": anchor["0"]["mu"], "nu": anchor["0"]["nu"]}
         anchor = optax.ScaleByAdamState(count=None, **moments), optax.EmptyState()
         saved["anchor"] = flax.serialization.to_state_dict(state.anchor)
@@ -385,7 +385,7 @@ def assert_ends_there(got, expected):
 
 
 @pytest.mark.parametrize("name", ["keep", "nesterov"])
-def test_a_checkpoint_of_the_first_release_goes_on_as_it_did(name):
+def test_a_checkpoint_of_the_first_release_continues_as_it_did(name):
     params, state, later = from_release(name)
     assert_ends_there(go_on(RELEASED_RUNS[name], params, state), later)
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from training import trajectory
+from helpers.training import trajectory
 
 from optax_lookahead import lookahead, slow_params
 
@@ -31,7 +31,7 @@ def test_a_bad_step_inside_a_cycle_never_reaches_the_slow_weights(inner, value):
     np.testing.assert_array_equal(slow_params(state, params), PARAMS)
 
 
-def test_training_goes_on_from_the_slow_weights_after_a_bad_step():
+def test_training_continues_from_the_slow_weights_after_a_bad_step():
     tx = lookahead(optax.sgd(0.1), 4, 0.5)
     params, state = trajectory(tx, PARAMS, faulty_gradient(jnp.nan), 2)[-1]
     params = slow_params(state, params)

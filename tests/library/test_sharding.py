@@ -1,6 +1,6 @@
 """Is training on many devices the same training, with the slow weights in place?
 
-Steps are judged against one device, compiled programs against the inner optimizer's.
+Steps are compared with one device, compiled programs with the inner optimizer's.
 That every inner optimizer keeps types with shardings is in `test_optax_conformance.py`.
 """
 
@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from compiling import as_shipped
+from helpers.compiling import as_shipped
+from helpers.meshes import make_mesh, reshard, use_mesh
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from meshes import make_mesh, reshard, use_mesh
 
 from optax_lookahead import lookahead, outer_loop, slow_params
 
@@ -68,7 +68,7 @@ def loss(params, batch, out_sharding=None):
 
 
 def explicit_loss(shardings):
-    """Returns the loss with the gathers that explicit axes want to see written."""
+    """Returns the loss with the gathers that explicit axes require."""
     mesh = shardings["w1"].mesh
 
     def gathered(sharding):
@@ -128,7 +128,7 @@ def test_a_run_on_a_mesh_is_the_run_on_one_device(layout, axis_type):
     with use_mesh(mesh):
         params = jax.device_put(initial_params(), shardings)
         on_mesh = jax.device_put(batches(), NamedSharding(mesh, P(None, "data")))
-        # Without `out_shardings`, which would put everything in its place.
+        # Without `out_shardings`, which would repair a wrong sharding.
         step = jax.jit(train_step(gradient))
         visited = train(step, params, TX.init(params), on_mesh)
         for params, state in visited:
@@ -178,7 +178,7 @@ def test_a_run_in_shard_map_is_the_run_on_one_device(gradient, check_vma):
         assert_close(got, expected)
 
 
-def test_gradients_that_the_inner_optimizer_averages_leave_the_state_replicated():
+def test_gradients_that_the_inner_optimizer_averages_keep_the_state_replicated():
     mean = optax.stateless(lambda updates, _: jax.lax.pmean(updates, "data"))
     mesh = make_mesh({"data": 8}, AUTO)
 
@@ -213,7 +213,7 @@ def state_shardings(params, shardings):
 
 
 @every_layout
-def test_jit_of_init_shards_all_as_it_is_told(layout):
+def test_jit_of_init_with_shardings_shards_the_whole_state(layout):
     mesh, shardings = lay_out(layout, AUTO)
     params = jax.device_put(initial_params(), shardings)
     state = jax.jit(TX.init, out_shardings=state_shardings(params, shardings))(params)
@@ -225,7 +225,7 @@ def test_jit_of_init_shards_all_as_it_is_told(layout):
 
 
 @every_type
-def test_jit_of_init_that_is_told_nothing_replicates_zeros_on_automatic_axes(axis_type):
+def test_jit_of_init_without_shardings_replicates_zeros_on_automatic_axes(axis_type):
     mesh, shardings = lay_out("fully sharded", axis_type)
     with use_mesh(mesh):
         params = jax.device_put(initial_params(), shardings)
@@ -318,7 +318,7 @@ def optimizer_steps(update, params, state):
     ],
     ids=["eager", "jitted", "jitted, another spec", "jitted, another mesh"],
 )
-def test_automatic_axes_take_slow_weights_of_another_sharding(transform, other):
+def test_automatic_axes_accept_slow_weights_of_another_sharding(transform, other):
     start = {"w1": initial_params()["w1"]}
     params = jax.device_put(start, on(EIGHT, AUTO, "data"))
     update = transform(TX.update)
@@ -328,7 +328,7 @@ def test_automatic_axes_take_slow_weights_of_another_sharding(transform, other):
         assert_close(got, wanted)
 
 
-def test_out_shardings_bring_slow_weights_of_another_sharding_home():
+def test_out_shardings_restore_the_sharding_of_slow_weights():
     shardings = {"w1": on(TWO_AXES, AUTO, "data")}
     params = jax.device_put({"w1": initial_params()["w1"]}, shardings)
     state = misplaced(params, on(TWO_AXES, AUTO, None, "model"))
@@ -340,7 +340,9 @@ def test_out_shardings_bring_slow_weights_of_another_sharding_home():
 @pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])
 @pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jitted"])
 @every_type
-def test_slow_weights_that_are_tied_to_no_device_are_taken(axis_type, transform, kind):
+def test_slow_weights_that_are_committed_to_no_device_are_accepted(
+    axis_type, transform, kind
+):
     start = {"w1": initial_params()["w1"]}
     params = jax.device_put(start, on(EIGHT, axis_type, "data"))
     state = TX.init(params)._replace(slow_params=jax.tree.map(kind, start))

@@ -1,6 +1,6 @@
 """Do training scripts of other kinds train as two plain loops would?
 
-Each has its own way to call an optimizer: in nested scans, beside a target network,
+Each calls the optimizer differently: in nested scans, beside a target network,
 with gradients from several levels of a hierarchy, under another of JAX's checks.
 """
 
@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers.meshes import make_mesh
+from helpers.training import scanned, trajectory, two_loops
+from helpers.trees import assert_close, bits
 from jax.experimental import checkify
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from meshes import make_mesh
-from training import scanned, trajectory, two_loops
-from trees import assert_close, bits
 
 from optax_lookahead import average_replicas, lookahead, outer_loop, slow_params
 
@@ -41,7 +41,7 @@ def batches(number):
 
 
 def test_ppo_in_nested_scans_is_the_loop_over_its_minibatches():
-    # Iterations of epochs of minibatches that are shuffled anew, as PureJaxRL has it.
+    # Iterations of epochs of minibatches that are shuffled again, as in PureJaxRL.
     iterations, epochs, minibatches = 2, 2, 4
     data = batches(iterations * minibatches).reshape(iterations, minibatches, 8, 4)
     inner = optax.chain(optax.clip_by_global_norm(0.5), optax.adam(0.1, eps=1e-5))
@@ -219,7 +219,7 @@ def test_zero_1_shards_the_state_alone_and_trains_the_same():
     assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(p))
 
 
-def test_checkify_raises_what_the_loop_checks_and_nothing_of_its_own():
+def test_checkify_raises_what_the_loop_checks_and_nothing_else():
     tx = lookahead(optax.adam(0.1), 2, ALPHA, inner_state="reset")
 
     def step(params, state, scale):
@@ -246,7 +246,7 @@ def test_checkify_raises_what_the_loop_checks_and_nothing_of_its_own():
 
 @pytest.mark.parametrize("loop", ["lookahead", "outer_loop"])
 @pytest.mark.parametrize("idiom", ["zeros", "masked"])
-def test_float0_gradients_of_integers_go_as_far_as_the_inner_optimizer_takes_them(
+def test_float0_gradients_of_integers_work_where_the_inner_optimizer_accepts_them(
     idiom, loop
 ):
     params = {"s": jnp.asarray(2.0), "w": jnp.ones((2, 3)), "n": jnp.arange(3)}
@@ -267,7 +267,7 @@ def test_float0_gradients_of_integers_go_as_far_as_the_inner_optimizer_takes_the
     }
     tx = around[loop]
 
-    # As they come, Optax takes them no more than it does alone.
+    # Unchanged, they are refused inside lookahead just where Optax alone refuses them.
     def one_step(tx):
         updates, _ = tx.update(gradient(params), tx.init(params), params)
         return optax.apply_updates(params, updates)

@@ -11,10 +11,10 @@ import ml_dtypes
 import numpy as np
 import optax
 import pytest
-from compiling import as_shipped
 from flax import nnx
-from training import scanned, trajectory
-from trees import bits
+from helpers.compiling import as_shipped
+from helpers.training import scanned, trajectory
+from helpers.trees import bits
 
 from optax_lookahead import lookahead, outer_loop, slow_params
 
@@ -39,14 +39,14 @@ def one_ulp_up(params, step):
 
 
 @pytest.mark.parametrize("slow_dtype", [None, "bfloat16"])
-def test_a_slow_copy_as_narrow_as_the_parameters_never_leaves_one(slow_dtype):
+def test_a_slow_copy_as_narrow_as_the_parameters_stays_at_one(slow_dtype):
     tx = lookahead(optax.sgd(1.0), 2, 0.2, slow_dtype=slow_dtype)
     params, state = last(tx, jnp.ones(3, BF16), one_ulp_up, 2 * CYCLES)
     np.testing.assert_array_equal(params, 1.0)
     np.testing.assert_array_equal(state.slow_params, 1.0)
 
 
-def test_optax_lookahead_never_leaves_one_either():
+def test_optax_lookahead_stays_at_one_too():
     params = optax.LookaheadParams.init_synced(jnp.ones(3, BF16))
     tx = optax.lookahead(optax.sgd(1.0), 2, 0.2)
     pair, _ = last(tx, params, lambda p, step: one_ulp_up(p.fast, step), 2 * CYCLES)
@@ -109,7 +109,7 @@ def test_updates_below_one_rounding_add_up(dtype, value):
     np.testing.assert_array_equal(p, start)
     _, moved = run(1, 1.0, "float32")
     np.testing.assert_allclose(moved, CYCLES * np.float64(step), rtol=0.02)
-    # The fast weights are as narrow as ever: they hold one such update, the last.
+    # The fast weights are still narrow: they hold only the last of these updates.
     _, moved = run(5, 0.5, "float32")
     np.testing.assert_allclose(moved, 0.5 * CYCLES * np.float64(step), rtol=0.02)
 
@@ -181,10 +181,10 @@ def test_an_outer_optimizer_moves_the_wide_copy_in_its_precision():
         pseudo_grad = -2 * ULP
         trace = pseudo_grad + 0.9 * trace
         phi -= 0.02 * (pseudo_grad + 0.9 * trace)
-    assert phi < 2.0  # one spacing of bfloat16 all the way
+    assert phi < 2.0  # so bfloat16 has the spacing ULP throughout
     np.testing.assert_allclose(state.slow_params, phi, rtol=2e-5)
     np.testing.assert_allclose(np.float64(params), phi, rtol=0.51 * ULP)
-    # In a narrow copy it gets stuck.
+    # A narrow copy stops moving.
     tx = outer_loop(optax.sgd(1.0), nesterov, 2)
     params, _ = last(tx, jnp.ones(3, BF16), one_ulp_up, 2 * CYCLES)
     assert abs(float(params[0]) - phi) > 10 * ULP
@@ -242,7 +242,9 @@ def after_three_cycles(dtype, size=200):
 
 
 @NARROW
-def test_parameters_that_nobody_touched_keep_the_bits_of_the_slow_weights(dtype):
+def test_parameters_that_the_loop_did_not_change_keep_the_bits_of_the_slow_weights(
+    dtype,
+):
     tx, params, state = after_three_cycles(dtype)
     wide = slow_params(state, params, wide=True)
     np.testing.assert_array_equal(wide, state.slow_params)
@@ -261,7 +263,7 @@ def test_parameters_that_were_replaced_are_taken(dtype, sign):
     np.testing.assert_array_equal(wide, np.float32(loaded))
     _, later = tx.update(jnp.zeros_like(params), state, loaded)
     np.testing.assert_array_equal(later.slow_params, np.float32(loaded))
-    # Within a cycle they are the fast weights' business.
+    # Within a cycle replaced parameters change the fast weights only.
     _, later = tx.update(jnp.zeros_like(params), later, params)
     assert later.steps_since_sync == 0
     expected = np.float32(loaded) + 0.3 * (np.float32(params) - np.float32(loaded))
@@ -274,7 +276,7 @@ def test_parameters_replaced_by_any_number_are_taken(dtype):
     expected = np.array(state.slow_params)
     expected[:3] = 0.0, 100.0, -0.5
     loaded = params.at[:3].set(expected[:3].astype(dtype))
-    # But for what is no number: no cycle sets out from there.
+    # Except for NaN and infinity, from which no cycle starts.
     loaded = loaded.at[3:6].set(jnp.asarray([np.nan, np.inf, -np.inf], dtype))
     _, later = tx.update(jnp.zeros_like(params), state, loaded)
     np.testing.assert_array_equal(later.slow_params, expected)
@@ -286,7 +288,7 @@ def test_float16_weights_below_its_smallest_normal_number_keep_their_bits():
     tx = lookahead(optax.sgd(1.0), 2, 0.2, slow_dtype="float32")
     rise = jnp.full(3, -smallest, F16)
     params, state = last(tx, start, lambda p, i: rise, 2 * CYCLES)
-    # The fast weights set out from a rounding of the slow ones, which stay near it.
+    # The fast weights start from a rounding of the slow ones, which stay near it.
     exact = np.float64(start) + 0.2 * 2 * smallest * CYCLES
     np.testing.assert_allclose(state.slow_params, exact, atol=1.01 * smallest)
     np.testing.assert_allclose(params, exact, atol=1.51 * smallest)
@@ -525,7 +527,7 @@ def test_donated_steps_share_one_trace():
     ["float8_e3m4", "float8_e4m3fn", "float8_e5m2", "float8_e5m2fnuz", "float4_e2m1fn"],
 )
 def test_floats_that_jax_does_not_promote_take_their_steps(dtype, slow_dtype):
-    # Each number on the way is one that all of these dtypes hold.
+    # All of these dtypes hold each of the numbers exactly.
     start = np.array([1.5, 1.0, 0.5, 0.0])
     inner, outer = optax.sgd(0.5), optax.sgd(0.5)
     for tx in (
@@ -637,7 +639,7 @@ def test_a_restored_state_without_the_slow_dtype_asked_for_is_refused(through):
     with pytest.raises(ValueError, match=TOO_NARROW.format("bfloat16", "float32")):
         wide.update(params, state, params)
     wide.update(params, widened(state, "float32"), params)
-    # The other way no bit is lost, and the state keeps its dtype.
+    # A state that is wider than asked for loses no bit, and keeps its dtype.
     state = through(narrow, params, wide.init(params))
     _, state = narrow.update(params, state, params)
     assert state.slow_params.dtype == jnp.float32

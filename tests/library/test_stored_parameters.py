@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from optimizers import NAMES, START, arguments, make
-from rows import slow_but
+from helpers.optimizers import NAMES, START, arguments, make
+from helpers.rows import slow_but
 
 from optax_lookahead import lookahead
 

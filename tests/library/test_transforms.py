@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers.training import scanned, trajectory
 from jax.experimental import serialize_executable
-from training import scanned, trajectory
 
 from optax_lookahead import lookahead, outer_loop, slow_params
 
@@ -163,7 +163,7 @@ def assert_goes_on_as_before(step, first=0, last=5):
 
 
 @pytest.mark.parametrize("serialized", [False, True])
-def test_a_step_that_was_exported_goes_on(serialized):
+def test_a_step_that_was_exported_continues(serialized):
     if serialized:
         pytest.importorskip("flatbuffers", reason="JAX serializes with it")
     arguments = PARAMS, TRIED.init(PARAMS), jnp.asarray(0)
@@ -183,7 +183,7 @@ def test_a_step_that_was_exported_goes_on(serialized):
     assert_goes_on_as_before(step, first=1)
 
 
-def test_a_compiled_step_that_was_serialized_goes_on():
+def test_a_compiled_step_that_was_serialized_continues():
     arguments = PARAMS, TRIED.init(PARAMS), jnp.asarray(0)
     compiled = jax.jit(one_step).lower(*arguments).compile()
     step = serialize_executable.deserialize_and_load(

@@ -68,7 +68,7 @@ def test_the_largest_k_never_syncs(k):
 @pytest.mark.parametrize(
     "dtype", ["int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"]
 )
-def test_k_of_every_integer_type_means_what_it_says(dtype):
+def test_k_of_every_integer_type_is_taken_as_its_value(dtype):
     tx = lookahead(optax.sgd(0.1), np.dtype(dtype).type(2))
     state = tx.init(PARAMS)
     for steps in (1, 0, 1, 0):
@@ -108,7 +108,7 @@ def test_alpha_of_the_wrong_kind(alpha):
 
 @pytest.mark.parametrize("name", ["k", "alpha"])
 @pytest.mark.parametrize("array", [jnp.ones(2, int), np.ones(2, int)])
-def test_k_or_alpha_that_is_no_scalar(name, array):
+def test_k_or_alpha_that_is_not_a_scalar(name, array):
     message = (
         f"`{name}` must be a scalar, got an array of shape (2,). "
         f"To try several values at once, `jax.vmap` over `{name}`."
@@ -331,7 +331,7 @@ def test_an_extra_argument_named_inner_step_is_nothing_special_to_lookahead():
     TX.update(PARAMS, STATE, PARAMS, inner_step=1.0)
 
 
-def test_outer_loop_has_nothing_to_interpolate_by():
+def test_outer_loop_refuses_interpolate():
     message = (
         "`inner_state` of `outer_loop` must be 'keep' or 'reset', got 'interpolate': "
         "an outer optimizer has no fraction to move by. Write `lookahead(inner, k, "
@@ -342,7 +342,7 @@ def test_outer_loop_has_nothing_to_interpolate_by():
 
 
 @pytest.mark.parametrize("inner_state", ["pullback", "Reset", "", None, True, ["keep"]])
-def test_an_inner_state_that_no_sync_knows(inner_state):
+def test_an_unknown_inner_state(inner_state):
     message = (
         f"`inner_state` must be 'keep', 'reset' or 'interpolate', got {inner_state!r}. "
         "Write what a sync is to do to the inner state."
@@ -419,13 +419,13 @@ def test_a_state_of_optax_lookahead_is_named(around):
 
 
 @pytest.mark.parametrize("leaf", ["float32", "w", object()])
-def test_a_leaf_that_is_no_array_is_named_with_its_path(leaf):
+def test_a_leaf_that_is_not_an_array_is_named_with_its_path(leaf):
     message = f"`params` must be a tree of arrays, got {leaf!r} at ['name']. Pass"
     with pytest.raises(TypeError, match=re.escape(message)):
         TX.init({"name": leaf, "w": jnp.ones(2)})
 
 
-def test_an_array_is_no_slow_dtype():
+def test_an_array_is_refused_as_slow_dtype():
     for array in (jnp.ones(2, jnp.bfloat16), np.float32(1.0), np.ones(2)):
         with pytest.raises(TypeError, match="`slow_dtype` must be a floating dtype"):
             lookahead(optax.sgd(0.1), slow_dtype=array)

@@ -1,4 +1,4 @@
-"""Does the adaptive alpha land on the minimum of the loss along its line?"""
+"""Is the adaptive alpha at the minimum of the loss between slow and fast weights?"""
 
 import functools
 import json
@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import reference
 from adaptive_alpha import adaptive_alpha
-from commands import check_refused, run_here
+from helpers import reference
+from helpers.commands import check_refused, run_here
+from helpers.training import scanned, trajectory
 from jax.flatten_util import ravel_pytree
-from training import scanned, trajectory
 
 from optax_lookahead import outer_loop
 
@@ -64,7 +64,7 @@ def told(tx, grad_fn):
 
 @functools.cache
 def both(name, k, is_told):
-    """Returns slow weights and alphas of the syncs, and what the paper has for them."""
+    """Returns slow weights and alphas of the syncs, and those of the paper."""
     inner, recurrence = INNERS[name]
     diagonal, b, start = quadratic()
 
@@ -102,7 +102,7 @@ def test_with_the_true_curvature_alpha_is_that_of_proposition_1(x64, name, k, is
 
 
 @in_every_way
-def test_nowhere_on_the_line_is_the_loss_lower(x64, name, k, is_told):
+def test_the_loss_is_lower_nowhere_on_the_line(x64, name, k, is_told):
     diagonal, b, _ = quadratic()
 
     def loss(x):
@@ -141,7 +141,7 @@ def test_without_a_minimum_alpha_is_the_largest(curvature, slope):
     np.testing.assert_array_equal(w, 1.5)
 
 
-def test_a_cycle_that_went_nowhere_takes_the_largest_alpha_and_stays():
+def test_after_a_cycle_that_moved_nothing_alpha_is_the_largest():
     with jax.debug_nans(True):
         got, w = one_cycle(jnp.zeros(2), jnp.ones(2), jnp.ones(2))
     assert got == 1.5

@@ -1,7 +1,7 @@
-"""Does the CIFAR example read what it should, train as it says, and refuse the rest?
+"""Does the CIFAR example read the archives, train as it says, and refuse bad input?
 
-The archives are written here in the format of the published ones. A small network
-stands in for the ResNet where compiling that would be all that takes time.
+The archives are written here in the format of the published ones. Where only compiling
+the ResNet would take time, a small network takes its place.
 """
 
 import functools
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from commands import EXAMPLES, check_refused, run
+from helpers.commands import EXAMPLES, check_refused, run
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
@@ -70,7 +70,7 @@ def write_archive(path, members, dumps=python_2_pickle):
 
 
 class Tiny(nn.Module):
-    """Has what the example needs of a model; the images' mean is BatchNorm's first."""
+    """A small model for the example; its BatchNorm sees the images' mean first."""
 
     momentum: float = 0.9
 
@@ -264,7 +264,7 @@ def test_strided_convolutions_pad_both_sides_as_in_pytorch():
     @jax.jit
     def rows_seen(x):
         variables = model.init(jax.random.key(0), x, False)
-        # Without a zero or a sign, all of what the corner sees counts.
+        # Positive weights, so that everything that the corner sees has an effect.
         variables = jax.tree.map(lambda leaf: jnp.abs(leaf) + 0.1, variables)
         return jnp.abs(jax.grad(corner)(x, variables)).sum(axis=(0, 2, 3)) > 0
 
@@ -447,7 +447,7 @@ def test_eight_devices_share_the_work_and_train_as_one(tmp_path):
     )
 
 
-def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(tmp_path):
+def test_a_run_that_was_stopped_continues_as_if_it_had_not(tmp_path):
     data, programs = tiny_data(tmp_path), tiny_programs()
     expected = tiny_run(data, programs)
     left = 7  # updates, of three in an epoch: it stops in the third

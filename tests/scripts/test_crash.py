@@ -1,13 +1,13 @@
-"""Does a run that is killed again and again end as one that never was?
+"""Does a run that is killed again and again end like one that is not?
 
-The long form of this, with its numbers, is `benchmarks/crash.py` itself.
+`benchmarks/crash.py` itself does this with more kills.
 """
 
 import re
 
 import crash
 import pytest
-from commands import BENCHMARKS, check_refused, run
+from helpers.commands import BENCHMARKS, check_refused, run
 
 SCRIPT = BENCHMARKS / "crash.py"
 

@@ -1,4 +1,4 @@
-"""Do the examples run as the README calls them, and refuse a mistake in one line?"""
+"""Do the examples run as the README calls them, and report a mistake in one line?"""
 
 import re
 
@@ -6,7 +6,7 @@ import digits
 import nnx_language_model
 import outer_optimizers
 import pytest
-from commands import EXAMPLES, check_refused, run
+from helpers.commands import EXAMPLES, check_refused, run
 
 TINY = ("--seeds", 1, "--width", 8, "--depth", 1, "--context", 8, "--batch", 2)
 

@@ -1,4 +1,4 @@
-"""Does the benchmark for GPUs keep what it has, whatever fails?
+"""Does the benchmark for GPUs keep its results when something fails?
 
 `.ci/run` runs all of it at a small size.
 """
@@ -7,12 +7,12 @@ import json
 
 import gpu
 import pytest
-from commands import check_refused, run_here
 from forms import FORMS, OURS, UPSTREAM
+from helpers.commands import check_refused, run_here
 from timing import kernels
 
 # As XLA writes it: a fusion and a branch of which one side copies, and the other does
-# nothing, are two kernels, besides one that is under way until it is done.
+# nothing, are two kernels, and an asynchronous copy is one.
 PROGRAM = """HloModule jit_step, entry_computation_layout={(f32[8]{0})->f32[8]{0}}
 
 %same (a: f32[8]) -> f32[8] {
@@ -51,7 +51,7 @@ def test_kernels_are_counted_as_by_hand():
 
 
 @pytest.mark.slow
-def test_when_the_budget_is_spent_every_row_says_so(tmp_path):
+def test_after_the_time_limit_every_row_says_so(tmp_path):
     path = tmp_path / "gpu.json"
     result = run_here(gpu.main, "--quick", "--budget", 0, "--json", path)
     assert result.returncode == 0, result.stderr
@@ -78,5 +78,5 @@ def test_a_form_that_fails_is_a_row_beside_the_others(tmp_path, monkeypatch):
     assert "RESOURCE_EXHAUSTED" in again.stdout
 
 
-def test_a_mistake_is_one_line():
+def test_a_mistake_is_answered_with_one_line():
     check_refused(gpu.main, ["--tasks", "all"], "invalid choice: 'all'")

@@ -6,7 +6,7 @@ import delayed
 import delayed_workers
 import many_workers
 import pytest
-from commands import EXAMPLES, check_refused, run
+from helpers.commands import EXAMPLES, check_refused, run
 from messages import Messages, crosses, messages
 
 SCRIPT = EXAMPLES / "many_workers.py"

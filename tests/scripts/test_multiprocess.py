@@ -1,4 +1,4 @@
-"""Does the example with several processes agree with one, and leave none behind?"""
+"""Does the example with several processes agree with one, and leave none running?"""
 
 import argparse
 import json
@@ -13,7 +13,7 @@ import time
 import multiprocess
 import numpy as np
 import pytest
-from commands import EXAMPLES, check_refused
+from helpers.commands import EXAMPLES, check_refused
 
 ENDLESS = ("--steps", 10**6)
 PATIENCE = 120  # seconds, for a loaded machine
@@ -61,7 +61,7 @@ def is_running(pid):
 def wait_until(condition, seconds=PATIENCE):
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, "timed out"
         time.sleep(0.02)
 
 

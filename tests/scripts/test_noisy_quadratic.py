@@ -1,4 +1,4 @@
-"""Have the trajectories the mean and the variance that the paper's theory gives?
+"""Do the trajectories have the mean and the variance of the paper's theory?
 
 On the noisy quadratic model everything is known exactly, `quadratic_theory.py`. The
 whole grid, of which this is a handful, is in `examples/noisy_quadratic.py`.
@@ -19,8 +19,8 @@ import optax
 import pytest
 import quadratic_runs as runs
 import quadratic_theory as theory
-from commands import check_refused, run_here
-from rows import slow_but
+from helpers.commands import check_refused, run_here
+from helpers.rows import slow_but
 from scipy.linalg import solve_discrete_lyapunov
 
 from optax_lookahead import lookahead, outer_loop, slow_params
@@ -98,7 +98,7 @@ def test_two_cycles_are_exactly_the_linear_map_of_the_theory(name, x64):
         left = () if len(z) == 1 else (-rate * trace(state),)
         return jnp.stack([params, *left])
 
-    # It is linear, so wherever it is differentiated the derivative is the whole map.
+    # It is linear, so its derivative at any point is the whole map.
     z, noises = jnp.zeros(len(system.noise)), jnp.zeros(2 * steps)
     transition, of_noise = jax.jit(jax.jacfwd(two_cycles, argnums=(0, 1)))(z, noises)
     theirs = theory.repeat(system, 2)
@@ -267,7 +267,7 @@ def test_the_band_tells_the_formulas_apart():
     assert min(-np.diff(means)) * runs.START_MEAN > 2 * runs.LIMIT / CHAINS**0.5
 
 
-def test_slow_weights_stand_still_while_the_fast_ones_spread():
+def test_slow_weights_do_not_move_while_the_fast_ones_spread():
     method, k, steps = runs.METHODS["Lookahead"], 5, 100
     setting = runs.stack([method.shown])
 

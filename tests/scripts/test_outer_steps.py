@@ -1,4 +1,4 @@
-"""Does the script on outer steps say what its runs say, whatever stops them?"""
+"""Does the benchmark of outer steps report its runs, also after an interruption?"""
 
 import json
 import math
@@ -13,18 +13,18 @@ import outer_steps
 import outer_steps_report as reports
 import pytest
 import source_text
-from commands import check_refused, run_here
+from helpers.commands import check_refused, run_here
+from helpers.rows import slow_but
 from optax import contrib
 from outer_steps import ARMS, FULL, QUICK, K
 from outer_steps_report import DIVERGED, DONE, NOT_RUN, RATES, SEEDS, paired
-from rows import slow_but
 
 from optax_lookahead import slow_params
 
 NAN, INF = math.nan, math.inf
 TEXTS = {name: bytes([i]) * 100 * i for i, name in enumerate("abcdefgh", start=1)}
 
-# What the pairs say.
+# Verdicts from pairs of runs.
 
 
 def test_the_mean_and_its_error_are_those_of_numpy():
@@ -121,7 +121,7 @@ def test_runs_end_on_a_sync_and_segments_fill_them(size):
     assert all(len(set(arm.rates)) == 3 for arm in ARMS.values())
 
 
-def test_time_that_ends_costs_the_last_seeds_of_all_arms():
+def test_when_time_is_up_the_last_seeds_of_all_arms_are_missing():
     rows = outer_steps.plan(FULL)
     assert [row["stage"] for row in rows] == 18 * [RATES] + 24 * [SEEDS]
     assert [row["seed"] for row in rows] == 18 * [0] + np.repeat(
@@ -133,7 +133,7 @@ def test_time_that_ends_costs_the_last_seeds_of_all_arms():
 
 
 class Stub:
-    """Takes the place of the trainer: losses that are made up, and what it was asked.
+    """Takes the place of the trainer: it makes losses up and records what is asked.
 
     The best rate is the middle one; `stop` is called with the number of each run.
     """
@@ -154,7 +154,7 @@ class Stub:
 
 @pytest.fixture
 def stub(monkeypatch):
-    """Runs the script in no time, up to what it prints."""
+    """Replaces the trainer and the text, so that the script runs without training."""
 
     class Fresh(Stub):
         asked: ClassVar[list] = []
@@ -174,7 +174,7 @@ def without_times(path):
     return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
 
 
-def test_a_run_that_was_interrupted_goes_on_where_it_was(tmp_path, stub):
+def test_a_run_that_was_interrupted_continues_where_it_was(tmp_path, stub):
     whole, parts = tmp_path / "whole.json", tmp_path / "parts.json"
     assert quick(whole).returncode == 0
     assert len(stub.asked) == 18 + 12
@@ -296,7 +296,7 @@ def test_no_run_starts_that_would_outlast_the_call(monkeypatch):
     assert clock.may_start(600)
     clock = outer_steps.Clock(before=2050, minutes=35, this_call=INF)
     now += 49
-    assert clock.may_start(3000), "a minute before the end, whatever it takes"
+    assert clock.may_start(3000), "starts before the limit, however long it takes"
     now += 1
     assert not clock.may_start(30)
 
@@ -338,7 +338,7 @@ def test_too_little_text_is_refused(tmp_path, stub, monkeypatch):
         (["--from-json", "missing.json"], "--from-json must be a file of --json"),
     ],
 )
-def test_a_mistake_is_one_line(arguments, message):
+def test_a_mistake_is_answered_with_one_line(arguments, message):
     check_refused(outer_steps.main, arguments, message)
 
 
@@ -629,7 +629,7 @@ def test_packages_here_are_judged_by_their_metadata():
     assert not found.keys() & {"tqdm", "certifi"}, "of which a part is under the MPL"
 
 
-def test_files_are_read_once_and_without_what_others_wrote(tmp_path):
+def test_files_are_read_once_and_without_vendored_code(tmp_path):
     files = {
         "a/one.py": b"one",
         "a/two.py": b"two",

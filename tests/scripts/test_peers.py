@@ -1,4 +1,4 @@
-"""Does the comparison with other packages refuse a mistake, and miss one, in a line?
+"""Does the comparison report a mistake, or a missing package, in one line?
 
 `.ci/run` runs all of it at a small size, without a peer.
 """
@@ -6,7 +6,7 @@
 import peer_forms
 import peers
 import pytest
-from commands import check_refused
+from helpers.commands import check_refused
 
 
 @pytest.mark.parametrize(
@@ -18,7 +18,7 @@ from commands import check_refused
         (["--tensorflow-python", "/nowhere"], "no such program: /nowhere."),
     ],
 )
-def test_a_mistake_is_one_line(arguments, message):
+def test_a_mistake_is_answered_with_one_line(arguments, message):
     check_refused(peers.main, arguments, message)
 
 

@@ -1,6 +1,6 @@
-"""Are the many runs of the robustness example what the library's own loop does?
+"""Are the runs of the robustness example those of a plain loop?
 
-And do its experiments run as their docstring calls them, and count what they say?
+And do its experiments run as their docstring calls them, and print what they say?
 """
 
 import re
@@ -12,7 +12,7 @@ import optax
 import pytest
 import robustness
 import tuned_curves
-from commands import EXAMPLES, check_refused, run, run_here
+from helpers.commands import EXAMPLES, check_refused, run, run_here
 
 from optax_lookahead import lookahead, slow_params
 
@@ -22,7 +22,7 @@ SETTINGS = many_runs.grid(rate=[0.02, 0.1], momentum=[0.0, 0.9])
 
 @pytest.fixture(scope="module", autouse=True)
 def hasty_compiler():
-    """Here time goes into compiling."""
+    """Compiles without optimizing, since the tests spend their time compiling."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)

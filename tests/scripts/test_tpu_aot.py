@@ -1,4 +1,4 @@
-"""Does the benchmark of TPU programs count what a program moves, and no more?
+"""Does the benchmark of TPU programs count exactly the bytes that a program moves?
 
 The figures it must give are counted by hand, from the sizes in the text.
 """
@@ -7,7 +7,7 @@ import os
 import runpy
 
 import pytest
-from commands import BENCHMARKS, run
+from helpers.commands import BENCHMARKS, run
 
 SCRIPT = BENCHMARKS / "tpu_aot.py"
 # As the compiler for TPUs writes it: `p` is brought onto the chip, S(1), in two slices

@@ -1,7 +1,7 @@
 # pyright: strict, reportUnnecessaryTypeIgnoreComment=true, reportMissingTypeStubs=false
-"""What a type checker makes of the public names: pyright reads this, nobody runs it.
+"""The types of the public names: pyright checks this file, and nothing runs it.
 
-Each `ignore` is a claim too: pyright says so where there is nothing to ignore.
+Each `ignore` is a claim too: pyright reports one that has nothing to ignore.
 """
 
 from collections.abc import Callable

@@ -7,7 +7,7 @@ VOCABULARY, WIDTH, HEADS, CONTEXT = 11, 8, 2, 6
 
 
 def init_params(key, dtype=None, width=WIDTH):
-    """Returns the parameters of one block, in float32 or what `dtype` says."""
+    """Returns the parameters of one block, in float32 or another `dtype`."""
     keys = iter(jax.random.split(key, 6))
 
     def matrix(*shape):

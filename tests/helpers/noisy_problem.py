@@ -1,4 +1,4 @@
-"""A small problem with a gradient of its own at every step, for JAX and for NumPy."""
+"""A small problem with another gradient at every step, for JAX and for NumPy."""
 
 import jax.numpy as jnp
 import numpy as np

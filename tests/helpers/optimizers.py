@@ -9,17 +9,18 @@ import numpy as np
 import optax
 import optax.contrib
 import pytest
-from rows import slow_but
+
+from .rows import slow_but
 
 STEPS = 9
 
 EXCLUDED = {
-    "dpsgd": "passes on a `seed` that is deprecated, and warns; below it is by parts",
+    "dpsgd": "passes a deprecated `seed` and warns; `dpsgd_by_parts` replaces it",
     "optimistic_adam": "deprecated for optimistic_adam_v2, and warns",
 }
 
-# What the default arguments, made for large models, leave out or leave idle on this
-# small problem, and what has no default.
+# Arguments without a default, and those whose default is for large models and turns a
+# part of the optimizer off on this small problem.
 ARGUMENTS = {
     "adadelta": {"learning_rate": 10.0},
     "adafactor": {"min_dim_size_to_factor": 2, "momentum": 0.9},
@@ -80,7 +81,7 @@ def exported():
         for module in (optax, optax.contrib)
         for name, value in vars(module).items()
         if not name.startswith("_")
-        # `nadam` is no function but a partial of one.
+        # `nadam` is not a function but a partial of one.
         and (inspect.isfunction(value) or isinstance(value, functools.partial))
         and "learning_rate" in inspect.signature(value).parameters
     }
@@ -92,7 +93,7 @@ NAMES = sorted((EXPORTED.keys() - EXCLUDED.keys()) | OTHERS.keys())
 TELLING = ["adam", "lion", "momo", "noisy_sgd", "polyak_sgd", "schedule_free_sgd"]
 TELLING += ["sgd"]
 every_optimizer = pytest.mark.parametrize("name", NAMES)
-# The others are slow, and once in a while is enough.
+# The others are slow, and need not run every time.
 telling_optimizers = pytest.mark.parametrize("name", slow_but(TELLING, NAMES))
 
 
@@ -103,7 +104,7 @@ def make(name):
 
 
 # A small classifier: a matrix, since some optimizers treat matrices alone, and a
-# vector. Every step has a batch of its own.
+# vector. Every step has its own batch.
 RNG = np.random.default_rng(0)
 INPUTS = np.float32(RNG.normal(size=(STEPS, 8, 4)))
 LABELS = np.argmax(INPUTS @ RNG.normal(size=(4, 3)) + 0.5 * INPUTS[..., :3], axis=-1)

@@ -9,12 +9,12 @@ import sys
 from typing import NamedTuple
 from unittest import mock
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 EXAMPLES, BENCHMARKS = ROOT / "examples", ROOT / "benchmarks"
 
 
 class Ended(NamedTuple):
-    """How a script ended, in the words of `subprocess`."""
+    """How a script ended, with the field names of `subprocess`."""
 
     returncode: int | str | None
     stdout: str
@@ -32,7 +32,7 @@ def run(script, *arguments, **environment):
 
 
 def run_here(main, *arguments):
-    """Runs a script's `main` in this process, which has imported all that it needs."""
+    """Runs a script's `main` in this process, which already has its imports."""
     argv = [f"{main.__module__}.py", *map(str, arguments)]
     stdout, stderr = io.StringIO(), io.StringIO()
     code = 0

@@ -1,14 +1,14 @@
-"""The blocks of Python on the pages, found by the label that stands above each.
+"""The blocks of Python on the pages, found by the label above each.
 
 A block is labelled by a comment on the line above its fence, which no reader sees:
 
     <!-- test: NAME -->
     ```python
 
-Its place on the page, and the page, may change without a change here. A block that no
-test asks for by its name is run by itself in `library/test_pages.py`, and so needs
-nothing but its label; one that goes on from another, or prints what it should, has a
-test that calls `run_block`.
+A block can move, also to another page, without a change here. A block that no test asks
+for by its name is run by itself in `library/test_pages.py`, so it needs nothing but its
+label. A block that continues another one, or whose output is checked, has a test that
+calls `run_block`.
 """
 
 import functools
@@ -17,7 +17,7 @@ import re
 import textwrap
 from typing import NamedTuple
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 TESTED = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
 # Their links are checked, too.
 PAGES = sorted({*TESTED, *ROOT.glob("*.md"), *ROOT.glob("[a-z]*/README.md")})
@@ -67,7 +67,7 @@ def labelled_blocks():
 def run_block(label, namespace=None):
     """Runs the block with this label, and returns its names.
 
-    Given a namespace, it goes on from there.
+    A namespace that is given holds the names of earlier blocks.
     """
     block = labelled_blocks()[label]
     namespace = {} if namespace is None else namespace

@@ -1,4 +1,4 @@
-"""Meshes of the CPU devices, in words that every supported JAX knows."""
+"""Meshes of the CPU devices, made by calls that every supported JAX has."""
 
 import jax
 

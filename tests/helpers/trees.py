@@ -1,4 +1,4 @@
-"""What the tests ask of trees and of arrays: their bits, types and differences."""
+"""Bits, types and differences of trees and of arrays."""
 
 import jax
 import jax.numpy as jnp

@@ -46,7 +46,7 @@ def reset(memory, alpha):
 
 
 def interpolate():
-    """Returns the paper's third choice, with a cache of what the last sync left."""
+    """Returns the paper's third choice, with a cache of the memory at the last sync."""
     cache = {}
 
     def at_sync(memory, alpha):
@@ -62,8 +62,8 @@ def lookahead(inner, gradient, phi, k, alpha, cycles, at_sync=keep, memories=Non
 
     `inner(g, theta, memory)` returns a step, `gradient(theta, step)` the gradient at
     inner step number `step`, `alpha(t)` the slow step size after t syncs, and
-    `at_sync(memory, alpha)` changes the inner optimizer's memory. To the list
-    `memories` goes what that holds after every inner step.
+    `at_sync(memory, alpha)` changes the inner optimizer's memory. The list `memories`
+    collects its contents after every inner step.
     """
     phi, memory, trajectory, step = phi.copy(), {}, [], 0
     memories = [] if memories is None else memories
@@ -161,8 +161,8 @@ def multilayer(inner, outers, ks, gradient, phi, cycles):
 def airbench(inner, gradient, phi, steps):
     """Returns what `legacy/airbench94.py` of KellerJordan/cifar10-airbench ends with.
 
-    Its weights move towards the slow ones by a growing decay every five steps, and all
-    the way to them after the last step.
+    Its weights move towards the slow ones by a growing decay every five steps, and
+    become equal to them after the last step.
     """
     net, ema, memory = phi.copy(), phi.copy(), {}
 
