@@ -1,12 +1,12 @@
-"""Claim: with a delay the slow network is used while the steps of the delay run.
+"""Claim: with a delay the exchange on a slow network runs during the inner steps.
 
 Two slices of eight chips of TPU v5e, a replica on each, with a slow network between
 them, compiled ahead of time on a machine that has none. A cycle of ten training steps
 of a decoder of two layers, forward and backward pass and Adam, and a Nesterov outer
 step, is one program: by `delayed_outer_loop` with a delay of four steps and without
-one, and by `outer_loop` with `average_replicas` in a loop over the steps. What crosses
-the network the compiler writes as sends and receives, in the order in which they are
-started and waited for.
+one, and by `outer_loop` with `average_replicas` in a loop over the steps. In the
+compiled program the exchange on the network is sends and receives, in the order in
+which they are started and waited for.
 
 Of each program it counts the sends and receives, how many are started before the loop
 over the steps of the delay and waited for after it; the bytes sent beside the loops
@@ -63,7 +63,7 @@ def train_step_of(tx: Any):
 
 
 def make_cycle(delay: int | str, params: Any):
-    """Returns a cycle of one replica, its states, and what of them each has."""
+    """Returns a cycle of one replica, its states, and which parts each replica has."""
     if delay == IN_A_LOOP:
         tx = outer_loop(ADAM, AVERAGED, K)
         state, train_step = jax.eval_shape(tx.init, params), train_step_of(tx)
@@ -85,7 +85,7 @@ def make_cycle(delay: int | str, params: Any):
 
 
 def compile_cycle(mapping: str, delay: int | str, layers: int, *widths: int):
-    """Returns the program of two replicas, each on a slice of its own, and N."""
+    """Returns the program of two replicas, each on its own slice, and N."""
     slices = topologies.get_topology_desc(
         platform="tpu", topology_name="v5e:2x4", num_slices=2
     )
@@ -163,7 +163,7 @@ def count(mapping: str, delay: int | str, *sizes: int) -> dict[str, Any]:
 
 
 def around_loop(text: str, trips: int | str) -> dict[str, int]:
-    """Counts what crosses the network, by where it stands to the loop of `trips`."""
+    """Counts sends and receives, by their place before or after the loop of `trips`."""
     if "is_scheduled=true" not in text.partition("\n")[0]:
         raise ValueError("the text of the program is not in the order of its schedule")
     bodies, entry = computations(text)
@@ -194,7 +194,7 @@ def around_loop(text: str, trips: int | str) -> dict[str, int]:
 
 
 def turns(line: str, bodies: dict[str, list[str]]) -> int | None:
-    """Returns how often a loop turns, which its condition compares a counter with."""
+    """Returns a loop's iterations, with which its condition compares a counter."""
     called = re.search(r"condition=([^,\s]+)", line)
     if called is None:
         raise ValueError(f"no condition was read from {line!r}")

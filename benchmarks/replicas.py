@@ -1,17 +1,18 @@
 """Claim: replicas that average at syncs send 1 / k of what data-parallel ones send.
 
 For TPU v5e, compiled ahead of time on a machine that has none: a decoder of 8 layers,
-whose parameters each of R replicas holds once, split over its chips. Counted for the
-optimizer's part of a step, of `outer_loop` around Adam with a Nesterov outer step,
-with and without `average_replicas` before it, and of Adam after an average of the
-gradients in every step: what a chip hands to collectives across replicas, temporaries,
-and the bytes read and written in HBM by a step that syncs and by one that does not, all
-in units of N, the bytes of the parameters on a chip; and the collectives in a program.
+of which each of R replicas holds one copy, sharded over its chips. The optimizer's part
+of a step is measured for `outer_loop` around Adam with a Nesterov outer step, with and
+without `average_replicas` before it, and for Adam after an average of the gradients in
+every step: the bytes that a chip sends through collectives across replicas,
+temporaries, and the bytes read and written in HBM by a step that syncs and by one that
+does not, all in units of N, the bytes of the parameters on a chip; and the number of
+collectives in a program.
 
 Then two slices of eight chips, a replica on each, with a slow network between them: the
 whole training step of a smaller decoder, 4 layers of 1,024, mapped by `vmap` and by
-`shard_map`. What crosses the network the compiler writes as sends and receives; they
-are counted by whether they stand in a branch. Beside them stand the temporaries.
+`shard_map`. The compiler turns what crosses the network into sends and receives, which
+are counted inside and outside of branches. The table has the temporaries too.
 
 Last, on the CPU of this machine and for four replicas on it, temporaries and time.
 
@@ -220,7 +221,7 @@ def count_two_slices(
     step = jax.jit(step, donate_argnums=(0, 1), out_shardings=shardings)
     compiled = step.lower(params, state, on_mesh(mesh, tokens)).compile()
     unit, text = size * 4 / 8, compiled.as_text()
-    # The compiler has made sends of all that crosses; what is left stays in a slice.
+    # Communication between slices is sends; collectives must be within a slice.
     if any(messages(text, 16, lambda i: i // 8)):
         raise AssertionError(f"{mapping}, {form}: a collective spans both slices")
     found = sends(text)
@@ -234,7 +235,7 @@ def count_two_slices(
 
 
 def sends(text: str) -> dict[bool, list[int]]:
-    """Returns the bytes of each send, by whether it stands in a branch."""
+    """Returns the bytes of each send, by whether it is in a branch."""
     bodies, entry = computations(text)
     found = {False: [], True: []}
 

@@ -1,9 +1,10 @@
-"""Claim: slow weights in the host's memory cost no HBM, and most steps nothing.
+"""Claim: slow weights in the host's memory take no HBM, and no time in most steps.
 
-Whole training steps of a decoder, compiled ahead of time for TPU v5e on a machine that
-has none: what a chip's HBM holds of the arguments, and temporaries; the copies between
-the two memories, in a loop that runs at the start of a cycle and at its sync, or in
-every step. Of the optimizer's part alone the HBM bytes of a step that does neither.
+Whole training steps of a decoder are compiled ahead of time for TPU v5e on a machine
+without one. The table has the bytes of arguments and of temporaries in a chip's HBM;
+the copies between the two memories, in a loop that runs at the start of a cycle and at
+its sync, or in every step; and of the optimizer's part alone the HBM bytes of a step
+that does neither.
 *Moved in every step* is the form without `slow_memory_kind`, written around the update.
 N is the bytes of the parameters on a chip. The batch grows with the slice.
 
@@ -51,7 +52,7 @@ NESTEROV = optax.sgd(0.7, momentum=0.9, nesterov=True)
 
 
 def moved_in_every_step(tx: Any) -> optax.GradientTransformation:
-    """Returns `tx` with slow weights that are brought to the device for every step."""
+    """Returns `tx` with slow weights that are copied to the device in every step."""
 
     def move(state, space):
         slow_params = jax.device_put(state.slow_params, space)
@@ -252,7 +253,7 @@ def measure(layers: int, width: int, batch: int, seconds: float) -> list[Any]:
             for name, each in programs.items()
         }
         times = side_by_side(programs, k, seconds)
-        # Each ran as many steps, so both of them are in the same place.
+        # Both ran the same number of steps.
         ours, theirs = (programs[n].carry[0] for n in ("on the host", "on the device"))
         apart = jax.tree.map(lambda x, y: jnp.max(jnp.abs(x - y)), ours, theirs)
         rows += [

@@ -1,11 +1,11 @@
-"""What does it cost in loss that the mean of the workers travels for some steps?
+"""How much loss does a delay of the workers' mean by some steps cost?
 
 The model, the text, the batches and the averaging of every 20 updates are those of
-`many_workers.py`, which must stand beside this file: four replicas, AdamW, and after
-each cycle the mean of the weights or a Nesterov step. Here the mean takes effect 1 or
-10 updates after the weights that it is of, by `delayed_outer_loop`; `mix` is what is
-then kept of the local weights. All see the same tokens; a seed has the same first
-weights and batches in all of them. It prints the held-out losses of the global copy.
+`many_workers.py`, which must be in the same folder: four replicas, AdamW, and after
+each cycle the mean of the weights or a Nesterov step. Here the mean is of weights 1 or
+10 updates before the sync, by `delayed_outer_loop`; `mix` is the weight of the local
+weights in the sync. All have the same tokens; a seed has the same initial weights and
+batches in all of them. The script prints the held-out losses of the global copy.
 
     python examples/delayed_workers.py
 """
@@ -89,13 +89,18 @@ def train_all(args: argparse.Namespace) -> dict[tuple[str, int, float], np.ndarr
         drawn = make_batches(text, seed, args)
         cycles = drawn.reshape(-1, K, *drawn.shape[2:])
         batches.append(cycles.swapaxes(1, 2))
-    results, runs = {}, {}  # with mix as an argument, one program for all
+    results, runs = {}, {}
     rows = [(name, *row) for name in OUTERS for row in DELAYS]
-    with tqdm(total=len(rows) * args.seeds * args.steps, unit="step") as bar:
+    # One program for each delay, since mix is an argument.
+    programs = list(dict.fromkeys((name, delay) for name, delay, _ in rows))
+    for name, delay in tqdm(programs, "compiling", leave=False):
+        run = make_run(OUTERS[name], delay, models[0][0], args)
+        one = models[0][1], batches[0], held_out, 0.0
+        runs[name, delay] = run.lower(*one).compile()
+    total = len(rows) * args.seeds * args.steps
+    with tqdm(total=total, unit="step", smoothing=0) as bar:
         for name, delay, mix in rows:
             bar.set_description(f"{name}, delay {delay}, mix {mix:g}")
-            if (name, delay) not in runs:
-                runs[name, delay] = make_run(OUTERS[name], delay, models[0][0], args)
             losses = []
             for (_, weights), cycles in zip(models, batches, strict=True):
                 loss = runs[name, delay](weights, cycles, held_out, mix)

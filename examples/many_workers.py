@@ -1,8 +1,8 @@
 """Train a language model on four replicas that communicate in every k-th update only.
 
-The model and the text are those of `nnx_language_model.py`, which must stand beside
-this file. There are eight virtual CPU devices, four replicas of two; the two devices of
-a replica share its batch and communicate in every update. What is compared is when
+The model and the text are those of `nnx_language_model.py`, which must be in the same
+folder. There are eight virtual CPU devices, four replicas of two; the two devices of a
+replica share its batch and communicate in every update. The methods differ in when
 replicas communicate with each other:
 
     data-parallel  AdamW, with the gradients averaged over the replicas in every update
@@ -10,11 +10,11 @@ replicas communicate with each other:
     Nesterov       every k updates a step of `optax.sgd(0.7, momentum=0.9,
                    nesterov=True)` with the mean pseudo-gradient: DiLoCo
 
-Each sees the same tokens, and has the same learning rates and seeds; a seed has the
-same first weights and batches in all of them. AdamW's rate is warmed up and then decays
-to zero along a cosine. It prints the held-out losses, those of the slow weights where
-there are such, and the bytes that a device hands to collectives across replicas, which
-are counted in the compiled programs; and draws the losses against updates and bytes.
+All have the same tokens, learning rates and seeds; a seed has the same initial weights
+and batches in all of them. AdamW's rate is warmed up and then decays to zero along a
+cosine. The script prints the held-out losses, of the slow weights if there are any, and
+the bytes that a device sends through collectives across replicas, which are counted in
+the compiled programs; and it draws the losses against updates and bytes.
 
     python examples/many_workers.py
     python examples/many_workers.py --inner muon    # then Nesterov is MuLoCo
@@ -147,7 +147,7 @@ def make_run(method: Method, graphdef: nnx.GraphDef, mesh, args: argparse.Namesp
 
         def train_and_evaluate(carry, batches):
             weights, state = carry = jax.lax.scan(body, carry, batches)[0]
-            if method.k:  # at a sync, where all replicas' are the same
+            if method.k:  # at a sync, after which all replicas have the same weights
                 weights = slow_params(state, weights)
             one = jax.tree.map(lambda x: x[0], weights)
             return carry, loss_fn(nnx.merge(graphdef, one), held_out)
@@ -175,12 +175,16 @@ def train_all(args: argparse.Namespace) -> dict[str, Result]:
         for seed in range(args.seeds)
     ]
     batches = [make_batches(text, seed, args) for seed in range(args.seeds)]
-    results = {}
+    results, programs = {}, {}
+    for name, method in tqdm(METHODS.items(), "compiling", leave=False):
+        run, update = make_run(method, models[0][0], mesh, args)
+        one = models[0][1], batches[0], held_out, method.k, args.rates[0]
+        programs[name] = run.lower(*one).compile(), update
     runs = len(METHODS) * len(args.rates) * args.seeds
-    with tqdm(total=runs * args.steps, unit="step") as bar:
+    with tqdm(total=runs * args.steps, unit="step", smoothing=0) as bar:
         for name, method in METHODS.items():
             bar.set_description(name)
-            run, update = make_run(method, models[0][0], mesh, args)
+            run, update = programs[name]
             losses = []
             for rate, seed in itertools.product(args.rates, range(args.seeds)):
                 weights = models[seed][1]

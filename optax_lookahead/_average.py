@@ -1,4 +1,4 @@
-"""Many workers that communicate once a cycle: the mean of their fast weights."""
+"""The mean of the fast weights of many workers, which communicate once a cycle."""
 
 from typing import Any
 
@@ -12,38 +12,38 @@ from ._state import InnerStep, is_finite
 def average_replicas(
     axis_name: str | tuple[str, ...],
 ) -> optax.GradientTransformationExtraArgs:
-    """A link of an outer optimizer that averages the fast weights of all replicas.
+    """Averages the fast weights of all replicas, in an outer optimizer.
 
-    For `outer_loop`, at the beginning of the outer optimizer's chain. Each replica
-    takes its inner steps alone; at a sync, and only then, the replicas communicate,
-    and what follows in the chain is given the pseudo-gradient from the mean of their
+    Put it first in the chain that is the outer optimizer of `outer_loop`. Each replica
+    takes its inner steps alone; the replicas communicate at a sync and in no other
+    step, and the rest of the chain is given the pseudo-gradient from the mean of their
     fast weights:
 
         pseudo_grads_r = phi_r - mean_s(theta_s)
 
-    Not the mean of `phi_s - theta_s`: this form also brings slow weights together that
-    differ between replicas, by roundings or because they started apart.
+    Not the mean of `phi_s - theta_s`: this form also makes slow weights equal that
+    differ between replicas, by rounding or because their initial values differ.
 
     With `optax.sgd(1.0)` after it this is Local SGD, with `optax.sgd(alpha)` Lookahead
     over workers, with Nesterov momentum DiLoCo, and MuLoCo with Muon as `inner`. With
     one replica it changes nothing.
 
     A replica is broken if an element of its fast weights is not finite where its slow
-    weight is. It is left out of the mean with all its parameters. What follows in the
-    chain is given the healthy replicas' pseudo-gradient there too, so that its state
-    and slow weights stay those of the others, except the broken elements, which stay
-    where they are. Where no replica is healthy the pseudo-gradients are 0: momentum and
+    weight is. The mean leaves out all its parameters. Its own chain is given the
+    healthy replicas' pseudo-gradient too, so that its state and slow weights stay equal
+    to the others', except for slow weights of the broken elements, which do not change.
+    Where no replica is healthy the pseudo-gradients are 0: momentum and
     decay may still move the slow weights, which stay finite. All devices of a replica
     decide together under `jax.vmap` with `spmd_axis_name` and where `jax.shard_map`
     leaves the axes within a replica automatic. Where these are manual too, each device
     decides for its shard alone.
 
-    All replicas must be at the same place in their cycles: `steps_since_sync` must be
-    one number for all of them, which `replica_axes` sees to. Under `jax.shard_map` with
+    All replicas must sync in the same step: `steps_since_sync` must be one number for
+    all of them, as with the axes of `replica_axes`. Under `jax.shard_map` with
     `check_vma=True` anything else is refused. Under `jax.vmap` a stack of counters is
-    not noticed, and then every step communicates. A wrapper that decides for each
-    replica whether it steps, such as `optax.apply_if_finite` around the loop, breaks
-    this too.
+    not detected, and then every step communicates. Wrappers that decide for each
+    replica whether to step, such as `optax.apply_if_finite` around the loop, are not
+    supported either.
 
     Args:
       axis_name: Name of the mapped axis of the replicas, or several names: of
@@ -111,7 +111,7 @@ def average_replicas(
         is_healthy, healthy = _health(axis_name, sync, inner_step.finite)
 
         def means(*thetas: Any) -> Any:
-            # Divided first, since a sum may overflow where the mean does not.
+            # Divides first, since the sum may overflow where the mean does not.
             shares = [
                 jnp.where(
                     is_healthy, theta / jnp.maximum(healthy, 1).astype(theta.dtype), 0
@@ -136,7 +136,7 @@ def average_replicas(
 
         return jax.tree.map(pseudo_grad, params, averaged), state
 
-    # Optax types every state as `OptState`, which no NamedTuple is a supertype of.
+    # Optax types every state as `OptState`, of which this one is only a subtype.
     return optax.GradientTransformationExtraArgs(
         optax.init_empty_state,
         update_fn,  # pyright: ignore[reportArgumentType]
@@ -144,9 +144,9 @@ def average_replicas(
 
 
 def _health(axis_name: Any, sync: Any, finite: Any) -> tuple[Any, Any]:
-    """Returns whether this replica is finite at a sync, and how many replicas are.
+    """Returns whether this replica is healthy at a sync, and how many replicas are.
 
-    On other steps nothing is read and nothing sent.
+    On other steps it reads and sends nothing.
     """
     flags = [
         jax.lax.cond(
@@ -183,16 +183,16 @@ def _as_varying(tree: Any, like: Any) -> Any:
     )
 
 
-# What passes into a branch and out of it has to stand in memory. With one branch for
-# all parameters that is 2.7 copies of them on a TPU v5e 4x4 (8 layers, 4 replicas of
-# 4), in buckets 1.8. With 200 arrays a branch for each takes a GPU 40 % longer than one
-# for all, and one for eight 4 %.
+# Inputs and outputs of a branch are stored in memory. With one branch for all
+# parameters that is 2.7 copies of them on a TPU v5e 4x4 (8 layers, 4 replicas of 4), in
+# buckets 1.8. With 200 arrays a branch for each takes a GPU 40 % longer than one for
+# all, and a branch for every eight 4 % longer.
 _BUCKETS = 16
 
 
 def _buckets(leaves: list[Any]) -> list[list[Any]]:
     """Splits the arrays that have elements, in their order, by bytes."""
-    # What JAX computes of an array without any is the same on all replicas by its type.
+    # JAX types the sum of an array without elements as equal on all replicas.
     leaves = [x for x in leaves if x.size]
     total = sum(x.size * x.dtype.itemsize for x in leaves)
     buckets, room = [], 0.0
@@ -248,6 +248,6 @@ def _check_same_sync(axis_name: Any, sync: Any) -> int:
 def _varying_axes(x: Any) -> frozenset[str]:
     """Returns the axes of `jax.shard_map` over which JAX knows that `x` may differ."""
     kind = jax.typeof(x)
-    # As newer versions of JAX call it, as older ones did, and nothing before that.
+    # The name in newer versions of JAX, in older ones, and none before these.
     manual = getattr(kind, "manual_axis_type", None)
     return getattr(manual, "varying", getattr(kind, "vma", frozenset()))

@@ -1,4 +1,4 @@
-"""What is refused, and in which words: the rule, what was given, what to write."""
+"""Checks of arguments; an error has the rule, the value received and the remedy."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -72,7 +72,7 @@ def check_delay(delay: Any) -> None:
     error = ValueError if is_integer else TypeError
     raise error(
         f"`delay` must be a Python integer of at least 0, got {delay!r}. Write the "
-        "number of inner steps that the mean travels, for example `delay=5`."
+        "number of inner steps during the exchange, for example `delay=5`."
     )
 
 
@@ -111,7 +111,7 @@ def check_batches(batches: Any, delay: int) -> int:
 
 
 def check_slow_dtype(slow_dtype: Any) -> Any:
-    """Returns the dtype, and raises unless it is a floating one that JAX has on."""
+    """Returns the dtype, and raises unless it is floating and enabled in JAX."""
     if slow_dtype is None:
         return None
     message = (
@@ -128,7 +128,7 @@ def check_slow_dtype(slow_dtype: Any) -> Any:
         raise TypeError(message)
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise ValueError(
-            f"`slow_dtype` must be a dtype that JAX has turned on, got {dtype}. "
+            f"`slow_dtype` must be a dtype that JAX has enabled, got {dtype}. "
             "Set `jax.config.update('jax_enable_x64', True)` or write 'float32'."
         )
     return dtype
@@ -141,8 +141,8 @@ def check_slow_memory_kind(kind: Any) -> None:
     rule = "`slow_memory_kind` must be 'pinned_host' or None"
     if kind != "pinned_host":
         raise ValueError(
-            f"{rule}, got {kind!r}. Leave it out to keep the slow weights where the "
-            "parameters are."
+            f"{rule}, got {kind!r}. Leave it out to keep the slow weights in the "
+            "memory of the parameters."
         )
     if not hasattr(jax, "memory"):
         raise ValueError(
@@ -169,18 +169,19 @@ def check_slow_memory(slow_params: Any, kind: Any) -> None:
 
 
 def check_inner_state(inner_state: Any, *, has_alpha: bool) -> None:
-    """Raises unless `inner_state` names or is something that a sync can do."""
+    """Raises unless `inner_state` is a known name or a function."""
     if callable(inner_state):
         return
     if inner_state not in ("keep", "reset", "interpolate"):
         raise ValueError(
             "`inner_state` must be 'keep', 'reset' or 'interpolate', got "
-            f"{inner_state!r}. Write what a sync is to do to the inner state."
+            f"{inner_state!r}. Write one of these, or a function `(state, fresh) -> "
+            "state`."
         )
     if inner_state == "interpolate" and not has_alpha:
         raise ValueError(
             "`inner_state` of `outer_loop` must be 'keep' or 'reset', got "
-            "'interpolate': an outer optimizer has no fraction to move by. Write "
+            "'interpolate': an outer optimizer has no alpha to interpolate with. Write "
             "`lookahead(inner, k, alpha, inner_state='interpolate')`."
         )
 
@@ -210,7 +211,7 @@ def check_init(params: Any, slow_dtype: Any) -> None:
 
 
 def check_update(params: Any, state: Any, slow_dtype: Any) -> None:
-    """Raises unless this is one state, and `params` the parameters that it is of."""
+    """Raises unless `state` is one state, and belongs to these parameters."""
     if params is None:
         raise ValueError(
             "`params` must be the current parameters, got None. "
@@ -241,7 +242,7 @@ def check_update(params: Any, state: Any, slow_dtype: Any) -> None:
 
 def check_same_tree(params: Any, slow_params: Any) -> None:
     """Raises unless the parameters have the tree and shapes of their slow copy."""
-    # The first leaf that differs says more than two printed trees of a whole model.
+    # Names the first leaf that differs: two printed trees of a model are too long.
     by_path = dict(jax.tree.leaves_with_path(params))
     for path, phi in jax.tree.leaves_with_path(slow_params):
         check_leaf(path, by_path, phi)
@@ -277,7 +278,7 @@ def check_leaf(path: Any, params: dict[Any, Any], phi: Any) -> Any:
 def check_known(
     params: dict[Any, Any], with_slow_copy: set[Any], masks: list[Any]
 ) -> None:
-    """Raises if there is a parameter that neither a slow copy nor a mask is for."""
+    """Raises if a parameter has no slow copy and no mask leaves it out."""
     for path, p in params.items():
         masked = any(path[: len(mask)] == mask for mask in masks)
         if path not in with_slow_copy and not masked:
@@ -287,7 +288,7 @@ def check_known(
 def check_unstacked(
     scalar: jax.typing.ArrayLike, name: str = "steps_since_sync"
 ) -> None:
-    """Raises if the state is a stack of states: `where` would broadcast it wrongly."""
+    """Raises if the state is a stack, which `where` would broadcast wrongly."""
     shape = jnp.shape(scalar)
     if shape:
         raise ValueError(
@@ -299,7 +300,7 @@ def check_unstacked(
 def check_result(
     who: str, what: str, new: Any, given: Any, *, dtypes: bool = False, hint: str = ""
 ) -> None:
-    """Raises unless a function of the user returned what is like what it was given."""
+    """Raises unless a user's function kept the tree, shapes and dtypes of its input."""
     got, expected = jax.tree.structure(new), jax.tree.structure(given)
     if got != expected:
         raise ValueError(
@@ -320,7 +321,7 @@ def check_result(
 
 
 def check_anchor(anchor: Any, now: Any) -> None:
-    """Raises unless the anchor holds what is like the parameters in the inner state."""
+    """Raises unless the anchor has the trees of the moments in the inner state."""
     got, expected = jax.tree.structure(anchor), jax.tree.structure(now)
     if got == expected:
         return
@@ -346,14 +347,14 @@ def check_anchor(anchor: Any, now: Any) -> None:
 
 
 def check_extra_args(extra_args: dict[str, Any], outer_args: Any) -> None:
-    """Raises unless the outer optimizer's own arguments have names that are free."""
+    """Raises unless `outer_args` is a dict and no argument is named `inner_step`."""
     if not isinstance(outer_args, Mapping):
         raise TypeError(
             "`outer_args` must be a dict of extra arguments for `outer`, got "
             f"{outer_args!r}. Write for example `outer_args={{'grad_fn': grad_fn}}`."
         )
     told = outer_args.get("inner_step", extra_args.get("inner_step"))
-    # One that an `outer_loop` around this one passes is not the caller's.
+    # Unless an `outer_loop` around this one passed it, and not the caller.
     if told is not None and not isinstance(told, InnerStep):
         raise ValueError(
             "`inner_step` must not be an extra argument of `update`, got "
@@ -363,7 +364,7 @@ def check_extra_args(extra_args: dict[str, Any], outer_args: Any) -> None:
 
 
 def describe_path(path: Any) -> str:
-    """Returns the path of a leaf as a user would index it."""
+    """Returns the path of a leaf as a user would write it."""
     return jax.tree_util.keystr(path) or "the root"
 
 
@@ -400,7 +401,7 @@ _NOT_STATIC = object()
 
 
 def _static_scalar(name: str, value: Any) -> Any:
-    """Returns a Python value, but no array of JAX, and raises if it has axes."""
+    """Returns the Python value, if it is static, and raises if it has axes."""
     if getattr(value, "shape", ()):
         raise ValueError(
             f"`{name}` must be a scalar, got an array of shape {value.shape}. "

@@ -87,11 +87,11 @@ def cycles(
         # 2. Does it start a cycle, does it end one?
         start = jnp.equal(state.steps_since_sync, 0)
         steps = state.steps_since_sync + 1
-        # Not `==`: a k lowered in mid-cycle must still sync.
+        # Not `==`: a cycle must also end if k is lowered within it.
         sync = steps >= _as_int32(k)
 
-        # 3. THE SYNC: a slow step from phi, which the cycle started from, and an update
-        # that takes the parameters there too.
+        # 3. THE SYNC: a slow step from phi, where the cycle started, and an update that
+        # sets the parameters to the same values.
         if outer is None:
             alpha_now = alpha(state.sync_count) if callable(alpha) else alpha
             outer_state = state.outer_state
@@ -147,7 +147,7 @@ def cycles(
 
         final_updates = jax.tree.map(lambda _, leaf: leaf[0], params, synced)
 
-        # 4. What the sync means for the inner state.
+        # 4. What the sync does to the inner state.
         fast_state, anchor = policy.at_sync(
             sync, alpha_now, fast_state, state.anchor, params, synced_params
         )
@@ -164,7 +164,7 @@ def cycles(
             anchor=anchor,
         )
 
-    # Optax types every state as `OptState`, which no NamedTuple is a supertype of.
+    # Optax types every state as `OptState`, of which this one is only a subtype.
     return optax.GradientTransformationExtraArgs(
         init_fn,
         update_fn,  # pyright: ignore[reportArgumentType]
@@ -172,10 +172,10 @@ def cycles(
 
 
 def _as_int32(k: jax.typing.ArrayLike) -> jax.Array:
-    """Returns the period, where one that no int32 holds is beyond every step."""
+    """Returns k as int32; a k beyond int32 becomes the largest, which never syncs."""
     k = jnp.asarray(k)
     if jnp.issubdtype(k.dtype, jnp.floating):
-        # The largest float32 that an int32 holds.
+        # The largest float32 below 2**31.
         k = jnp.minimum(k.astype(jnp.float32), 2.0**31 - 2.0**7)
     elif jnp.issubdtype(k.dtype, jnp.integer) and jnp.iinfo(k.dtype).bits >= 32:
         k = jnp.minimum(k, jnp.iinfo(jnp.int32).max)

@@ -1,4 +1,4 @@
-"""Outer steps of many workers, whose mean travels while the next steps run."""
+"""Outer steps of many workers, which exchange their mean during the next steps."""
 
 from collections.abc import Callable
 from functools import partial
@@ -55,9 +55,9 @@ def delayed_outer_loop(
 ]:
     """A cycle of many workers in which communication overlaps with computation.
 
-    Where `outer_loop` with `average_replicas` stops at a sync until the mean has come,
-    here the mean starts to travel `delay` inner steps before the sync at which it takes
-    effect. Replica r takes k steps theta_{r,i}, and the outer optimizer one:
+    With `outer_loop` and `average_replicas` a sync waits for the mean. Here the
+    exchange starts `delay` inner steps before the sync that uses the mean. Replica r
+    takes k steps theta_{r,i}, and the outer optimizer one:
 
         pseudo_grads = phi_{t-1} - mean_r(theta_{r,k-delay})
         phi_t        = phi_{t-1} + outer(pseudo_grads)
@@ -67,19 +67,19 @@ def delayed_outer_loop(
     optax.chain(average_replicas(axis_name), outer), k)`. phi is one global copy, which
     is never taken from the parameters.
 
-    The whole cycle is one program, since only so can a compiler let the exchange run
-    beside the steps. Those for TPUs do that between slices; within a slice, and on
-    CPUs, nothing is gained. Nothing is under way when a cycle ends, so parameters and
-    both states, saved between two cycles, are a whole checkpoint.
+    The whole cycle is one program, so that the compiler can run the exchange during the
+    steps. XLA does that between slices of TPUs; within a slice, and on CPUs, nothing is
+    gained. No exchange is pending when a cycle ends, so parameters and both states,
+    saved between two cycles, are a complete checkpoint.
 
     For a part of the parameters that syncs alone, a fragment, let `params` be that
     part and put the rest into `state`.
 
     A replica is broken if an element of its fast weights is not finite where phi is. It
     is left out of the mean with all its parameters; where none is healthy the
-    pseudo-gradients are 0. A slow weight takes a step only to what is finite. After
-    the sync a fast weight that is not finite is phi; a broken replica's own state,
-    such as moments that are NaN, is not repaired.
+    pseudo-gradients are 0. A slow weight takes only finite values. After the sync a
+    fast weight that was not finite is phi; a broken replica's own state, such as
+    moments that are NaN, is not repaired.
 
     Args:
       train_step: One inner step of one replica, a function `(params, state, batch) ->
@@ -90,19 +90,18 @@ def delayed_outer_loop(
         replica's own.
       axis_name: Name of the mapped axis of the replicas, or several names: of
         `jax.shard_map` or `jax.vmap`.
-      delay: Inner steps in which the mean travels, an integer in [0, k]: tau in
-        Streaming DiLoCo, `fragment_sync_delay` in torchft.
+      delay: Inner steps during the exchange, an integer in [0, k]: tau in Streaming
+        DiLoCo, `fragment_sync_delay` in torchft.
       mix: Weight of the local weights in [0, 1], without unit: alpha in Streaming
         DiLoCo, `fragment_update_alpha` in torchft. At 0 the local steps of the delay
-        count for nothing but the inner state. Also a scalar array, whose value is not
-        checked.
+        only change the inner state. Also a scalar array, whose value is not checked.
 
     Returns:
       Two functions. `init(params)` returns a `DelayedOuterState`, of which there is one
       for all replicas: None in the `in_axes` and `out_axes` of `jax.vmap`, `P()` in the
       specs of `jax.shard_map`. `cycle(params, state, outer_state, batches)` takes k
-      inner steps and the outer one, and returns the first three anew and the stacked
-      metrics; the arrays in `batches` have the k steps on their first axis.
+      inner steps and the outer one, and returns the new values of the first three and
+      the stacked metrics; the arrays in `batches` have the k steps on their first axis.
 
     Raises:
       TypeError: If `outer` is not a gradient transformation, `axis_name` neither a
@@ -127,7 +126,7 @@ def delayed_outer_loop(
       >>> w = jnp.zeros(2)
       >>> state = jax.vmap(inner.init)(w)
       >>> cycle = jax.vmap(cycle, (0, 0, None, 0), (0, 0, None, 0), axis_name="replica")
-      >>> targets = jnp.array([1.0, 3.0])[:, None] * jnp.ones(4)  # [replicas, k]
+      >>> targets = jnp.array([[1.0] * 4, [3.0] * 4])  # [replicas, k]
       >>> for _ in range(3):
       ...     w, state, outer_state, losses = cycle(w, state, outer_state, targets)
       ...     print(*(f"{x:.3f}" for x in w), f"{outer_state.slow_params:.3f}")
@@ -166,9 +165,9 @@ def delayed_outer_loop(
         before = jax.tree.map(lambda x: x[:start], batches)
         carry, metrics = jax.lax.scan(body, (params, state), before)
 
-        # Without a branch, and with nothing that waits for an answer, since what waits
-        # ends the exchange: the healthy replicas are counted by the same exchange, and
-        # until then their shares are of all of them.
+        # One exchange, without a branch and without a result that it has to wait for:
+        # it also counts the healthy replicas, so shares are first divided by the number
+        # of all replicas, and corrected afterwards.
         sums, healthy = jax.lax.psum(_shares(carry[0], phi, replicas), axis_name)
 
         during = jax.tree.map(lambda x: x[start:], batches)
@@ -222,5 +221,5 @@ def _mixed(mix: Any, p: Any, phi: Any) -> Any:
     if not is_inexact(phi):
         return p
     mix = jnp.asarray(mix, jnp.finfo(jnp.result_type(p)).dtype)
-    # Also where both are infinite by design, which times 0 would be a NaN.
+    # phi also where p is infinite by design, since 0 times infinity is NaN.
     return jnp.where(is_finite(p), mix * p + (1 - mix) * phi, phi)

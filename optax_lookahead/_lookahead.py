@@ -1,4 +1,4 @@
-"""The two public transformations: what takes the slow step that ends a cycle."""
+"""The two public transformations, which differ in the slow step that ends a cycle."""
 
 import jax
 import optax
@@ -29,17 +29,18 @@ def lookahead(
         phi_t       = phi_{t-1} + alpha * (theta_{t,k} - phi_{t-1})
 
     So phi_t is an exponential moving average of the fast weights at the ends of the
-    cycles, `alpha * (theta_t + (1 - alpha) * theta_{t-1} + ...)`, whatever `inner` is.
-    A cycle starts from the parameters that the first of its updates is given, so
-    weights that were loaded, clipped or projected outside the optimizer count. After
+    cycles, `alpha * (theta_t + (1 - alpha) * theta_{t-1} + ...)`, for any `inner`.
+    A cycle starts from the parameters that its first update is given, so it includes
+    changes outside the optimizer, such as loading, clipping or projection. After
     a sync, `slow_params` in the state equals the new parameters bit for bit.
 
-    The slow weights stay finite: a slow weight takes the value that a sync arrives at
+    The slow weights stay finite: a slow weight takes the value that a sync computes
     only if that value is finite, and a cycle does not start from an element that is not
-    finite. So a run that blew up at any step can go on from what the function
-    `slow_params` returns, with a new state of `inner`, whose moments may be NaN. A
-    blow-up that is still finite at a sync is taken. Entries that are infinite by
-    design, such as a mask, have to be so at `init`, and stay as they are.
+    finite. So a run that blew up at any step can continue from what the function
+    `slow_params` returns, with a new state of `inner`, since its moments may be NaN.
+    Values that are very large but finite at a sync do enter the slow weights. Entries
+    that are infinite by design, such as a mask, must be so at `init`, and do not
+    change.
 
     Args:
       inner: The optimizer that takes the fast steps. Extra arguments of `update` are
@@ -48,67 +49,65 @@ def lookahead(
         scalar array or tracer, whose value is not checked: below 1, every step syncs.
       alpha: Slow step size in [0, 1], without unit. Also a float scalar array or
         tracer, whose value is not checked, or a schedule: a function from the number
-        of completed syncs (int32 scalar) to the step size. Under
-        `optax.inject_hyperparams(lookahead)` it would be given the number of steps,
-        which cannot be seen here: add `static_args=("alpha",)`.
+        of completed syncs (int32 scalar) to the step size. With
+        `optax.inject_hyperparams(lookahead)` add `static_args=("alpha",)`: otherwise
+        the schedule is given the number of steps, which cannot be detected here.
       inner_state: What a sync does to the inner optimizer's state.
 
         - `"keep"`: nothing.
         - `"reset"`: it becomes what `inner.init` gives at the new parameters, also
-          where it was NaN. What counts training time stays: the places of schedules
-          for learning rate and weight decay, of `optax.inject_hyperparams` with its
-          hyperparameters, of `optax.contrib.reduce_on_plateau`, of conditions on the
-          step and of the annealing in `optax.add_noise`. A count that corrects the
-          bias of moments starts again with them, and with it a schedule that an
-          optimizer reads off that count (`optax.contrib.prodigy` does, as do `momo`
-          and `dadapt_adamw`). So do random keys, whose noise then repeats itself, and
-          cycles within `inner`, such as those of `optax.MultiSteps`.
-        - `"interpolate"`: its moments move to `old + alpha * (now - old)`, with their
-          value at the last sync as `old`. The state then holds a copy of them. Moments
-          are all floating trees that `optax.tree.map_params` finds to be like the
-          parameters, and positions that move with the weights, such as `z` of
-          schedule-free. Left as they are: scalars and counts, and of Optax's own
-          states what is like the parameters and no moment, which a table lists:
-          gradients that are being accumulated or compared with the next one, the
-          projector of GaLore, the memory of L-BFGS, where the run began, sums that
-          belong to estimates of distance, measurements. Of other states it cannot be
-          known: every floating tree in them that is like the parameters moves. A
-          moment that is not finite stays so, as under `"keep"`.
+          where it was NaN. Fields that count training time do not change: the counts of
+          schedules for learning rate and weight decay, the count and hyperparameters of
+          `optax.inject_hyperparams`, the state of
+          `optax.contrib.reduce_on_plateau`, the counts of conditions on the step and of
+          the annealing in `optax.add_noise`.
+          A count that corrects the bias of moments restarts with them, and so does a
+          schedule that an optimizer computes from that count (`optax.contrib.prodigy`,
+          `momo` and `dadapt_adamw` do). Random keys restart too, so that their noise
+          repeats, and so do cycles within `inner`, such as those of `optax.MultiSteps`.
+        - `"interpolate"`: its moments move to `old + alpha * (now - old)`, where `old`
+          is their value at the last sync, of which the state holds a copy. Moments are
+          all floating trees that `optax.tree.map_params` finds to be like the
+          parameters, also stored weights, such as `z` of schedule-free. Not changed
+          are scalars and counts, and those trees in Optax's own states that are like
+          the parameters but not moments, from a table: gradients that are being
+          accumulated or compared with the next one, the projector of GaLore, the memory
+          of L-BFGS, initial parameters, sums that belong to estimates of distance,
+          measurements. In other states every floating tree that is like the parameters
+          is interpolated. A moment that is not finite stays so, as under `"keep"`.
         - A function `(state, fresh) -> state` of the inner state after the cycle's
           last step, and of what `inner.init` gives at the new parameters. It is
-          evaluated in every step, and counts at a sync.
+          evaluated in every step, and its result is used at a sync.
 
-        Under `optax.inject_hyperparams(lookahead)`, which takes every function for a
-        schedule, one needs `static_args=("inner_state",)`.
+        With `optax.inject_hyperparams(lookahead)` a function needs
+        `static_args=("inner_state",)`, since it would be taken for a schedule.
 
-        Whichever it is, the loss that Optax's line searches keep for the next step is
-        made infinite, at which they compute it anew: it is that of other parameters.
+        In every case the loss that Optax's line searches store for the next step
+        becomes infinite, so that they compute it again: the sync moves the parameters.
       slow_dtype: Floating dtype of the slow weights, at least as wide as those of the
-        parameters, which it replaces in floating leaves. With bfloat16 parameters and
-        `slow_dtype="float32"` the slow weights keep the bits that small steps need: a
-        cycle starts from the slow weight unless the parameter is further from it than
-        one rounding, which means that somebody changed it, or that the update of the
-        sync was larger than the weight and its dtype no wider: float32 updates land
-        within that rounding. The fast weights start from its rounding and stay in the
-        parameters' dtype: of updates too small for that they keep the last one of a
-        cycle. Under `optax.inject_hyperparams` write
-        the dtype's name: a type such as `jnp.float32` is taken for a schedule there,
-        and what it returns is refused here, unless it is in `static_args`.
+        parameters, in place of the dtype of floating leaves. With bfloat16 parameters
+        and `slow_dtype="float32"` the slow weights keep the bits that small steps need:
+        a cycle starts from the slow weight unless the parameter differs from it by more
+        than one rounding. It does if it was changed outside the optimizer, or if the
+        update of the sync was larger than the weight and no wider than the parameter;
+        float32 updates stay within that rounding. The fast weights start from the slow
+        weight's rounding and have the parameters' dtype: of updates that are too small
+        for it they keep only the last one of a cycle. With `optax.inject_hyperparams`
+        write the dtype's name: it takes a type such as `jnp.float32` for a schedule,
+        whose result is refused here, unless it is in `static_args`.
       slow_memory_kind: Memory of the slow weights between the start of a cycle and its
         sync: None for that of the parameters, or `"pinned_host"` for that of the
         devices' host, with the same shardings. The first step of a cycle and the one
-        that syncs bring them to the device and back, an array at a time. Other steps
-        leave them there. A `jax.jit` that donates needs `in_shardings` and
-        `out_shardings` for parameters and state, as they name the memories. A
-        `jax.vmap` over `k` or over counters is refused, and `update` has no reverse
-        derivative.
+        that syncs copy them to the device and back, an array at a time; other steps do
+        not. A `jax.jit` that donates needs `in_shardings` and `out_shardings` for
+        parameters and state, since these name the memories. A `jax.vmap` over `k` or
+        over counters is refused, and `update` has no reverse-mode derivative.
 
     Returns:
       A `GradientTransformationExtraArgs` whose state is a `LookaheadState`. Its
       `update` needs `params`, a tree of arrays of any shapes and dtypes, and returns
       updates in the dtypes of `inner`'s. A leaf that is neither floating nor complex
-      has nothing between two values: it takes the inner step, and its slow copy
-      follows at the sync.
+      cannot be interpolated: it takes the inner step, and a sync copies it.
 
     Raises:
       TypeError: If `inner` is not a gradient transformation, a static `k` not an
@@ -117,7 +116,7 @@ def lookahead(
         a `LookaheadState`.
       ValueError: If a static `k` is below 1 or beyond int32, a static `alpha` is
         outside [0, 1], either is an array that is not a scalar, `inner_state` is none
-        of the four, or `slow_memory_kind` is another, or JAX older than `jax.memory`.
+        of the four, or `slow_memory_kind` neither of the two or without `jax.memory`.
         `init` raises it if `slow_dtype` is narrower than a parameter, the state of
         `inner` cannot be interpolated, or a device lacks that memory; `update` without
         `params`, with `params` that are unlike those that `init` saw or wider than the
@@ -160,8 +159,8 @@ def outer_loop(
 ) -> optax.GradientTransformationExtraArgs:
     """Lets an outer optimizer take a step after every k steps of an inner one.
 
-    It is given the pseudo-gradient, which is the slow weights minus the fast ones, and
-    the slow weights as its parameters:
+    Its gradient is the pseudo-gradient, which is the slow weights minus the fast ones,
+    and its parameters are the slow weights:
 
         theta_{t,0} = phi_{t-1}
         theta_{t,i} = theta_{t,i-1} + inner(...)                    i = 1, ..., k
@@ -174,23 +173,22 @@ def outer_loop(
 
     The slow weights stay finite as those of `lookahead` do. `outer` is given 0 for an
     element of the pseudo-gradient that is not finite, and its update is dropped there.
-    Where `outer` itself returns what is not finite, the slow weight stays and the
-    parameter goes with it. In all else, `outer_loop` is as `lookahead`.
+    If `outer` itself returns NaN or infinity, the slow weight stays and the parameter
+    takes that update. In everything else `outer_loop` is like `lookahead`.
 
     Args:
       inner: The optimizer that takes the fast steps. Extra arguments of `update` are
         forwarded to it, except `outer_args`.
-      outer: The optimizer that takes the slow steps. It is evaluated in every step,
-        and counts at a sync: on other steps its gradient is 1, where every optimizer
-        has derivatives, and its result is dropped. So its state moves only at a sync,
-        and a schedule inside it counts syncs. It sees the floating and complex leaves
-        of the parameters, the others as `optax.MaskedNode`. Extra arguments of
-        `update` are forwarded to it, and those in a dict `outer_args` to it alone.
-        One is added: `inner_step`, an `InnerStep`, which tells of the inner step that
-        ends the cycle.
+      outer: The optimizer that takes the slow steps. It is evaluated in every step, but
+        its result is used only at a sync; on other steps its gradient is 1, where every
+        optimizer has derivatives. So its state changes only at a sync, and a schedule
+        inside it counts syncs. It sees the floating and complex leaves of the
+        parameters, the others as `optax.MaskedNode`. Extra arguments of `update` are
+        forwarded to it, and those in a dict `outer_args` to it alone. It also gets
+        `inner_step`, an `InnerStep` that describes the inner step that ends the cycle.
       k: As in `lookahead`.
       inner_state: `"keep"`, `"reset"` or a function, as in `lookahead`. There is no
-        `"interpolate"`, as an outer optimizer has no fraction to move by.
+        `"interpolate"`, since an outer optimizer has no alpha to interpolate with.
       slow_dtype: As in `lookahead`. The outer state has this dtype too.
       slow_memory_kind: As in `lookahead`. The outer state stays on the device.
 

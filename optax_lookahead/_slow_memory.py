@@ -1,8 +1,8 @@
-"""The memory in which the slow weights rest between the start of a cycle and its sync.
+"""The memory that holds the slow weights between the start of a cycle and its sync.
 
-In the host's memory each array is moved by a loop of at most one turn, in the steps
-that need it. Not by `jax.lax.cond`: for a TPU no conditional compiles of which a branch
-only writes host memory, nor one within another, and it takes more temporaries.
+In host memory each array is copied by a loop of at most one iteration, in the steps
+that need it. Not by `jax.lax.cond`: XLA for TPUs compiles no conditional with a branch
+that only writes host memory, nor nested ones, and it takes more temporaries.
 """
 
 from collections.abc import Callable
@@ -15,10 +15,10 @@ SlowMemoryKind = Literal["pinned_host"]
 
 
 class Memory(NamedTuple):
-    """How a step reaches the slow weight of one parameter, wherever it is.
+    """How a step accesses the slow weight of one parameter in its memory.
 
-    It is reached where one of the flags holds. Elsewhere what `read` returns is not
-    used, and update and slow weight stay as they are.
+    It is accessed if one of the flags holds. Otherwise the result of `read` is not
+    used, and update and slow weight do not change.
     """
 
     init: Callable[..., Any]  # slow -> slow
@@ -28,7 +28,7 @@ class Memory(NamedTuple):
 
 
 def memory(kind: SlowMemoryKind | None) -> Memory:
-    """Returns what the argument `slow_memory_kind` stands for."""
+    """Returns the functions for the argument `slow_memory_kind`."""
     if kind is None:
         return Memory(_as_it_is, _read_here, _update_here, _write_here)
     return Memory(to_host, _read_there, _update_there, _write_there)
@@ -38,7 +38,7 @@ def to_host(x: Any) -> Any:
     """Returns the array in the host's memory, or the shape of one there."""
     if not isinstance(x, jax.ShapeDtypeStruct):
         return x if _is_on_host(x) else jax.device_put(x, jax.memory.Space.Host)
-    if x.sharding is None:  # and so no place that says it
+    if x.sharding is None:  # it has no field for the memory then
         return x
     return x.update(sharding=x.sharding.with_memory_kind("pinned_host"))
 
@@ -49,7 +49,7 @@ def to_device(x: Any) -> Any:
 
 
 def to_memory_of(old: Any, new: Any) -> Any:
-    """Returns the new array in the memory in which the old one is."""
+    """Returns the new array in the memory of the old one."""
     return to_host(new) if _is_on_host(old) else new
 
 

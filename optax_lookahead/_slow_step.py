@@ -47,5 +47,5 @@ def outer_step(
 
 
 def hide_discrete(tree: Any) -> Any:
-    """Returns the tree with what an optimizer cannot move hidden, as Optax hides it."""
+    """Returns the tree with `MaskedNode` for leaves that an optimizer cannot move."""
     return jax.tree.map(lambda x: x if is_inexact(x) else optax.MaskedNode(), tree)

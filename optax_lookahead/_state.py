@@ -1,4 +1,4 @@
-"""The state, what an outer optimizer is told, and choosing between two trees."""
+"""The state, what an outer optimizer is given, and functions of arrays and trees."""
 
 from typing import Any, NamedTuple
 
@@ -16,13 +16,13 @@ class LookaheadState(NamedTuple):
       fast_state: State of the inner optimizer.
       slow_params: The slow weights phi, with the tree, shapes and shardings of the
         parameters, and their dtypes or the wider `slow_dtype`. Read them with
-        `optax_lookahead.slow_params`, which knows that at the start of a cycle the
-        parameters themselves are the slow weights.
+        `optax_lookahead.slow_params`: at the start of a cycle the parameters themselves
+        are the slow weights.
       steps_since_sync: Inner steps taken in this cycle, in `[0, k)`.
-      sync_count: Completed cycles, saturating. A schedule for alpha sees this.
+      sync_count: Completed cycles, saturating. A schedule for alpha is given this.
       outer_state: State of the outer optimizer; empty for `lookahead`.
-      anchor: What the inner state's moments were at the last sync, one tree after the
-        other, under `inner_state="interpolate"`; empty otherwise.
+      anchor: The inner state's moments at the last sync, a tuple of trees, under
+        `inner_state="interpolate"`; empty otherwise.
     """
 
     fast_state: optax.OptState
@@ -38,7 +38,7 @@ LookaheadState.__module__ = "optax_lookahead"
 
 
 class InnerStep(NamedTuple):
-    """What an outer optimizer is told about the inner step, as `inner_step`.
+    """The inner step that ends a cycle, which an outer optimizer gets as `inner_step`.
 
     `outer_loop` passes it to the `update` of its outer optimizer, beside the
     pseudo-gradients and the slow weights. Trees are like the parameters.
@@ -47,13 +47,13 @@ class InnerStep(NamedTuple):
       grads: What the inner optimizer was given in the step that ends the cycle.
       updates: What it returned.
       state: Its state after that.
-      sync: Whether the outer step counts; shape=(), dtype=bool. On other steps the
+      sync: Whether the outer step is used; shape=(), dtype=bool. On other steps its
         result is dropped, and the pseudo-gradients are 1.
       finite: Where a fast weight is finite, or its slow weight is infinite by design,
         dtype=bool. A pseudo-gradient that is not finite is 0.
 
     Examples:
-      An outer optimizer that stands still where the last inner update was small:
+      An outer optimizer that takes no step if the last inner update was small:
 
       >>> import jax, jax.numpy as jnp, optax
       >>> from optax_lookahead import outer_loop
@@ -111,12 +111,12 @@ def copy(p: Any, dtype: jax.typing.DTypeLike | None = None) -> Any:
 
 
 def is_inexact(x: Any) -> bool:
-    """Returns whether there is something between two values of this dtype."""
+    """Returns whether the dtype is floating or complex, so that it has fractions."""
     return jnp.issubdtype(jnp.result_type(x), jnp.inexact)
 
 
 def common_dtype(x: Any, y: Any) -> Any:
-    """Returns the dtype for both, which JAX does not name for floats below 16 bits."""
+    """Returns the common dtype; JAX does not promote floats of less than 16 bits."""
     x, y = jnp.result_type(x), jnp.result_type(y)
     if all(jnp.issubdtype(dtype, jnp.inexact) for dtype in (x, y)):
         if jnp.finfo(x).bits < 16:
@@ -139,5 +139,5 @@ def is_finite(x: Any, like: Any = None) -> Any:
         return jax.lax.is_finite(x)
     if narrow.bits < 16:  # of which some have no infinity
         return jnp.abs(jnp.asarray(x, jnp.float32)) <= float(narrow.max)
-    # As stored: a compiler may leave out the rounding that `astype` asks for.
+    # Rounded explicitly: a compiler may leave out the rounding of `astype`.
     return jax.lax.is_finite(jax.lax.reduce_precision(x, narrow.nexp, narrow.nmant))

@@ -1,4 +1,4 @@
-"""Do workers whose mean travels for some steps do what a loop over workers does?"""
+"""Do workers whose mean is delayed by some steps do what a loop over workers does?"""
 
 import functools
 import itertools
@@ -11,13 +11,12 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-import reference
-import transformer
+from helpers import reference, transformer
+from helpers.meshes import make_mesh
+from helpers.pages import run_block
+from helpers.rows import slow_but
+from helpers.trees import assert_close, bits, shapes_and_dtypes
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from meshes import make_mesh
-from pages import run_block
-from rows import slow_but
-from trees import assert_close, bits, shapes_and_dtypes
 
 from optax_lookahead import (
     DelayedOuterState,
@@ -46,7 +45,7 @@ def train_step_of(inner, loss_fn=transformer.loss_fn):
 
 
 def adam_by_hand():
-    """Returns an inner step in NumPy, each leaf with a memory of its own."""
+    """Returns an inner step in NumPy, with a memory for each leaf."""
     step = reference.adamw(0.02)
 
     def inner_step(theta, memories, batch):
@@ -339,7 +338,7 @@ def test_a_replica_that_broke_is_left_out_whole(x64, bad, mix):
             }
             with np.errstate(invalid="ignore"):
                 mixed = mix * theta[name] + (1 - mix) * phi[name]
-            # What is not finite takes the global copy.
+            # Elements that are not finite take the global copy.
             theta[name] = np.where(np.isfinite(theta[name]), mixed, phi[name])
     assert_close(outer_state.slow_params, phi, 1e-14)
     assert_close(params, theta, 1e-14)
@@ -384,7 +383,7 @@ def test_entries_that_are_infinite_by_design_break_no_replica(x64, mix):
         assert np.isfinite(tree["b"]).all()
     _, without_decay = run(*counted(mix=mix), start, steps())
     for x in jax.tree.leaves(without_decay.outer_state):
-        assert np.isfinite(x).all(), "of a norm over all, one NaN would be enough"
+        assert np.isfinite(x).all(), "one NaN would make a norm over all elements NaN"
     # As they move without the mask.
     free = {"w": np.where(np.isfinite(mask), mask, 0.0), "b": np.array(2.0)}
     others, _ = run(*counted(decay, mix=mix), free, steps())
@@ -401,7 +400,7 @@ def test_the_mean_does_not_overflow_where_the_sum_would():
     assert_close(params, spread(start), 1e-6)
 
 
-# What else a training loop asks of it.
+# What else a training loop needs.
 
 
 def test_a_run_that_is_saved_between_cycles_goes_on_in_every_bit(tmp_path):
@@ -536,7 +535,7 @@ def make(**options):
                 {"delay": delay},
                 error,
                 "`delay` must be a Python integer of at least 0, got "
-                f"{delay!r}. Write the number of inner steps that the mean travels, "
+                f"{delay!r}. Write the number of inner steps during the exchange, "
                 "for example `delay=5`.",
             )
             for delay, error in [

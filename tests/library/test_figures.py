@@ -10,7 +10,7 @@ import json
 import re
 
 import pytest
-from pages import ROOT
+from helpers.pages import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results"
 OURS, NESTEROV, UPSTREAM = (

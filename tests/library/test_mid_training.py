@@ -263,7 +263,7 @@ def assert_memory(state, paper):
 @pytest.mark.parametrize(
     ("policy", "loop"),
     [(policy, "lookahead") for policy in POLICIES]
-    # An outer optimizer has no fraction to move by.
+    # An outer optimizer has no alpha to interpolate with.
     + [(policy, "outer_loop") for policy in POLICIES if policy != "interpolate"],
 )
 def test_a_state_made_around_an_existing_inner_state_follows_every_policy(

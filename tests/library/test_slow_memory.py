@@ -1,4 +1,4 @@
-"""Do slow weights that rest in the host's memory stay there, and what they are?"""
+"""Do slow weights in the host's memory stay there, with the same values?"""
 
 import functools
 import pickle
@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import transformer
+from helpers import transformer
+from helpers.meshes import make_mesh
+from helpers.reference import adamw, lookahead as reference_lookahead
+from helpers.rows import slow_but
+from helpers.training import scanned, trajectory, two_loops_with_outer
+from helpers.trees import assert_close
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from meshes import make_mesh
-from reference import adamw, lookahead as reference_lookahead
-from rows import slow_but
-from training import scanned, trajectory, two_loops_with_outer
-from trees import assert_close
 
 from optax_lookahead import (
     average_replicas,
@@ -123,7 +123,7 @@ SHOWN = ["lookahead", "float32 slow weights", "outer step, float32"]
 
 @pytest.mark.parametrize("form", slow_but(SHOWN, list(FORMS)))
 def test_every_bit_is_that_of_slow_weights_on_the_device(form):
-    # Adam makes a float of the moments of what is discrete, at the first update.
+    # Adam's moments of a discrete parameter become floats in the first update.
     params = PARAMS if "reset" not in form else FLOATS
     here = trajectory(FORMS[form](), params, gradient, 7)
     there = trajectory(FORMS[form](**ON_HOST), params, gradient, 7)
@@ -470,7 +470,7 @@ def test_several_alphas_are_not():
 
 
 def loops_and_copies(tx):
-    """Returns how many copies between memories stand in a loop of a step, and not."""
+    """Returns how many copies between memories a step has in loops and outside."""
     params, tokens = model()
     step = jax.make_jaxpr(train_step(tx))(params, tx.init(params), tokens)
     found = {True: 0, False: 0}

@@ -334,8 +334,8 @@ def test_an_extra_argument_named_inner_step_is_nothing_special_to_lookahead():
 def test_outer_loop_refuses_interpolate():
     message = (
         "`inner_state` of `outer_loop` must be 'keep' or 'reset', got 'interpolate': "
-        "an outer optimizer has no fraction to move by. Write `lookahead(inner, k, "
-        "alpha, inner_state='interpolate')`."
+        "an outer optimizer has no alpha to interpolate with. Write `lookahead(inner, "
+        "k, alpha, inner_state='interpolate')`."
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         outer_loop(optax.sgd(0.1), optax.sgd(0.5), 2, inner_state="interpolate")
@@ -345,7 +345,7 @@ def test_outer_loop_refuses_interpolate():
 def test_an_unknown_inner_state(inner_state):
     message = (
         f"`inner_state` must be 'keep', 'reset' or 'interpolate', got {inner_state!r}. "
-        "Write what a sync is to do to the inner state."
+        "Write one of these, or a function `(state, fresh) -> state`."
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         lookahead(optax.sgd(0.1), inner_state=inner_state)
@@ -368,7 +368,7 @@ def test_a_slow_dtype_that_is_not_floating(slow_dtype):
 @pytest.mark.parametrize("slow_dtype", ["float64", jnp.float64, np.dtype("float64")])
 def test_a_slow_dtype_that_is_not_turned_on(slow_dtype):
     message = (
-        "`slow_dtype` must be a dtype that JAX has turned on, got float64. "
+        "`slow_dtype` must be a dtype that JAX has enabled, got float64. "
         "Set `jax.config.update('jax_enable_x64', True)` or write 'float32'."
     )
     with pytest.raises(ValueError, match=re.escape(message)):
