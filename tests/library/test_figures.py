@@ -342,7 +342,18 @@ def cost_for_contributors(r):
     (sent,) = {row["sent at sync"] for row in averaged if "sent at sync" in row}
     yield f"of data-parallel's | {sent} / k |"
     four = ", ".join(row["temporaries"] for row in averaged if row.get("v5e") == "4x4")
-    yield f"TPU v5e 4x4: temporaries | {four} N (0.48"
+    yield f"TPU v5e 4x4, optimizer's part: temporaries | {four} N (0.48"
+    alone = {
+        row["two slices of v5e 2x4"]: float(row["temporaries"])
+        for row in r.rows("replicas", form="outer_loop")
+        if "in one" in row
+    }
+    two = ", ".join(
+        f"{float(row['temporaries']) - alone[row['two slices of v5e 2x4']]:.2f}"
+        for row in averaged
+        if "in one" in row
+    )
+    yield f"temporaries more than `outer_loop`'s | {two} N"
     cpu = (
         row["temporaries / N"]
         for form in ("averaged at syncs", "outer_loop")
