@@ -117,6 +117,7 @@ def cycles(
                 memory.read(partial(cycle_start, start), start, sync),
                 params,
                 state.slow_params,
+                inner_updates,
             )
             pseudo_grads = jax.tree.map(pseudo_gradient, params, inner_updates, phi)
             finite = jax.tree.map(is_finite, pseudo_grads)

@@ -11,6 +11,8 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ._state import is_inexact
+
 SlowMemoryKind = Literal["pinned_host"]
 
 
@@ -22,7 +24,7 @@ class Memory(NamedTuple):
     """
 
     init: Callable[..., Any]  # slow -> slow
-    read: Callable[..., Any]  # leaf, *flags -> leaf; leaf: p, slow -> phi
+    read: Callable[..., Any]  # leaf, *flags -> leaf; leaf: p, slow, u -> phi
     update: Callable[..., Any]  # leaf, *flags -> leaf; leaf: p, u, slow -> u, slow
     write: Callable[..., Any]  # *flags -> leaf; leaf: new, slow -> slow
 
@@ -65,7 +67,7 @@ def _as_it_is(slow: Any) -> Any:
 
 def _read_here(leaf: Any, *flags: Any) -> Any:
     del flags
-    return lambda p, slow: leaf(p, to_device(slow))
+    return lambda p, slow, _=None: leaf(p, to_device(slow))
 
 
 def _update_here(leaf: Any, *flags: Any) -> Any:
@@ -81,11 +83,20 @@ def _write_here(*flags: Any) -> Any:
 def _read_there(leaf: Any, *flags: Any) -> Any:
     flag = _one_for_all(flags)
 
-    def read(p: Any, slow: Any) -> Any:
-        unread = jnp.asarray(p, slow.dtype)
-        return _once(flag, lambda _: leaf(p, to_device(slow)), unread)
+    def read(p: Any, slow: Any, u: Any = None) -> Any:
+        # Not before the update: a compiler that reads all of them early holds a copy of
+        # the parameters through the backward pass.
+        now, _ = jax.lax.optimization_barrier((flag, u))
+        return _once(now, lambda _: leaf(p, to_device(slow)), _unread(p, slow))
 
     return read
+
+
+def _unread(p: Any, slow: Any) -> Any:
+    """Returns ones, where optimizers are finite, with the sharding and type of p."""
+    p = jnp.asarray(p, slow.dtype)
+    # As a choice, since `jax.shard_map` knows that p differs between devices.
+    return jnp.where(True, jnp.ones_like(p), p) if is_inexact(p) else p
 
 
 def _update_there(leaf: Any, *flags: Any) -> Any:

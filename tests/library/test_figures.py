@@ -500,6 +500,20 @@ def first_page(r):
     )
 
 
+def host_memory(r):
+    for row in r.rows("slow_memory"):
+        slice_, form, arguments, _, temporaries, loop, every, moved = row.values()
+        yield cells(
+            slice_,
+            form,
+            f"{arguments:.2f}",
+            f"{temporaries:.2f}",
+            str(loop),
+            str(every),
+            f"{moved:.2f}",
+        )
+
+
 def many_workers(r):
     for row in r.rows("replicas"):
         if "collectives" in row:
@@ -571,6 +585,7 @@ def migrating(r):
 PAGES = {
     "README.md": [first_page],
     "docs/design.md": [design],
+    "docs/host_memory.md": [host_memory],
     "docs/many_workers_cost.md": [many_workers],
     "docs/migrating.md": [migrating],
     "docs/upgrading.md": [upgrading],
