@@ -335,6 +335,12 @@ def cost_for_contributors(r):
     )
     held = r.rows("memory")
     equal = sum(float(row["held"]) == row["theory"] for row in held)
+    ours, adam = (r.row("scaling", form=f, leaves="200") for f in (OURS, ALONE))
+    compiling, tracing = (
+        float(ours[f"{what}, ms a leaf"]) / float(adam[f"{what}, ms a leaf"])
+        for what in ("compile", "trace")
+    )
+    yield f"Adam's, 200 leaves | {compiling:.2f}; tracing {tracing:.2f} | 1.8 |"
     yield f"| {equal} of {len(held)} rows equal the count by hand to the byte |"
     sweep = r.row("sweep", form="separate programs")
     yield f"separate programs / one | {sweep['time / vmap']} |"
@@ -346,12 +352,12 @@ def cost_for_contributors(r):
     alone = {
         row["two slices of v5e 2x4"]: float(row["temporaries"])
         for row in r.rows("replicas", form="outer_loop")
-        if "in one" in row
+        if "in branches" in row
     }
     two = ", ".join(
         f"{float(row['temporaries']) - alone[row['two slices of v5e 2x4']]:.2f}"
         for row in averaged
-        if "in one" in row
+        if "in branches" in row
     )
     yield f"temporaries more than `outer_loop`'s | {two} N"
     cpu = (
@@ -488,11 +494,19 @@ def first_page(r):
         f"measuring the inner optimizer twice differs by up to {r.again()}, and "
         f"{min(dense):.1f} to {max(dense):.1f} times in a network of only dense layers"
     )
-    more = (
-        float(row["temporaries - inner's, N"])
-        for row in r.rows("training_step", form=OURS)
+    resnet, transformer, dense = (
+        max(
+            float(row["temporaries - inner's, N"])
+            for row in r.rows("training_step", form=OURS)
+            if row["task, parameters"].startswith(task)
+        )
+        for task in ("ResNet", "transformer", "20 dense")
     )
-    yield f"and up to {max(more):.1f} of a copy in other networks"
+    none = {0.0: "none"}.get(resnet, f"{resnet:.1f} of a copy")
+    yield (
+        f"on a CPU {none} with ResNet-18, up to {transformer:.1f} of a copy with "
+        f"transformers and {dense:.1f} in a network of only dense layers"
+    )
     yield (
         f"{gpu(NESTEROV, 'adam')} times Adam's step on a GPU and "
         f"{step(NESTEROV, 'adam')} times on a CPU, where whole training steps of "
@@ -519,7 +533,7 @@ def many_workers(r):
         if "collectives" in row:
             columns = [value for name, value in row.items() if name != "collectives"]
             yield cells(*columns)
-        elif "in one" in row:
+        elif "in branches" in row:
             yield cells(*row.values())
 
 
