@@ -1,4 +1,4 @@
-"""Checks of arguments; an error has the rule, the value received and the remedy."""
+"""Checks of arguments; errors state the rule, the value received and the remedy."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -25,7 +25,7 @@ def check_transformation(name: str, value: Any, example: str) -> None:
 
 
 def check_k(k: Any) -> None:
-    """Raises unless `k` is a whole number of steps, as far as that is static."""
+    """Raises unless `k` is a whole number of steps, if it is static."""
     if (k := _static_scalar("k", k)) is _NOT_STATIC:
         return
     rule = "an integer of at least 1"
@@ -41,13 +41,13 @@ def check_k(k: Any) -> None:
 
 
 def check_alpha(alpha: Any) -> None:
-    """Raises unless `alpha` is a step size or a schedule, as far as that is static."""
+    """Raises unless `alpha` is a step size or a schedule, if it is static."""
     remedy = "the slow step size, for example `alpha=0.5`"
     check_coefficient("alpha", alpha, "[0, 1]", remedy)
 
 
 def check_coefficient(name: str, value: Any, interval: str, remedy: str) -> None:
-    """Raises unless it is a number in the interval or a schedule, if that is static."""
+    """Raises unless it is a number in the interval or a schedule, if it is static."""
     if callable(value) or (value := _static_scalar(name, value)) is _NOT_STATIC:
         return
     message = (
@@ -77,7 +77,7 @@ def check_delay(delay: Any) -> None:
 
 
 def check_mix(mix: Any) -> None:
-    """Raises unless `mix` is a weight in [0, 1], as far as that is static."""
+    """Raises unless `mix` is a weight in [0, 1], if it is static."""
     if (value := _static_scalar("mix", mix)) is _NOT_STATIC:
         return
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -91,7 +91,7 @@ def check_mix(mix: Any) -> None:
 
 
 def check_batches(batches: Any, delay: int) -> int:
-    """Returns k, and raises unless all batches are of k steps, and the delay within."""
+    """Returns k; raises unless all batches have k steps and the delay is at most k."""
     shapes = [jnp.shape(x) for x in jax.tree.leaves(batches)]
     lengths = {shape[:1] for shape in shapes}
     if len(lengths) != 1 or not all(shape[:1] > (0,) for shape in shapes):
@@ -110,25 +110,25 @@ def check_batches(batches: Any, delay: int) -> int:
     return k
 
 
-def check_slow_dtype(slow_dtype: Any) -> Any:
+def check_dtype(name: str, dtype: Any) -> Any:
     """Returns the dtype, and raises unless it is floating and enabled in JAX."""
-    if slow_dtype is None:
+    if dtype is None:
         return None
     message = (
-        f"`slow_dtype` must be a floating dtype or None, got {slow_dtype!r}. "
-        "Write for example `slow_dtype='float32'`."
+        f"`{name}` must be a floating dtype or None, got {dtype!r}. "
+        f"Write for example `{name}='float32'`."
     )
-    if isinstance(slow_dtype, jax.typing.ArrayLike):  # it has a dtype, but is not one
+    if isinstance(dtype, jax.typing.ArrayLike):  # it has a dtype, but is not one
         raise TypeError(message)
     try:
-        dtype = jnp.dtype(slow_dtype)
+        dtype = jnp.dtype(dtype)
     except TypeError as error:
         raise TypeError(message) from error
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(message)
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise ValueError(
-            f"`slow_dtype` must be a dtype that JAX has enabled, got {dtype}. "
+            f"`{name}` must be a dtype that JAX has enabled, got {dtype}. "
             "Set `jax.config.update('jax_enable_x64', True)` or write 'float32'."
         )
     return dtype
@@ -194,7 +194,7 @@ def check_init(params: Any, slow_dtype: Any) -> None:
             "Pass its field `fast`; the state carries the slow ones."
         )
     for path, p in jax.tree.leaves_with_path(params):
-        # Not `result_type` alone, to which a string names a dtype.
+        # Not `result_type` alone, which takes a string as the name of a dtype.
         if isinstance(p, str) or (not hasattr(p, "dtype") and not jnp.isscalar(p)):
             raise TypeError(
                 f"`params` must be a tree of arrays, got {p!r} at "
@@ -255,7 +255,7 @@ def check_same_tree(params: Any, slow_params: Any) -> None:
 
 
 def check_same_dtypes(params: Any, slow_params: Any) -> None:
-    """Raises unless the parameters have the dtypes of their slow copy, of one tree."""
+    """Raises unless the parameters have the dtypes of their slow copy."""
     slow = jax.tree.leaves(slow_params)
     for (path, p), phi in zip(jax.tree.leaves_with_path(params), slow, strict=True):
         got, expected = jnp.result_type(p), jnp.result_type(phi)
@@ -288,7 +288,7 @@ def check_known(
 def check_unstacked(
     scalar: jax.typing.ArrayLike, name: str = "steps_since_sync"
 ) -> None:
-    """Raises if the state is a stack, which `where` would broadcast wrongly."""
+    """Raises for a stack of states, which `where` would broadcast wrongly."""
     shape = jnp.shape(scalar)
     if shape:
         raise ValueError(
@@ -354,7 +354,7 @@ def check_extra_args(extra_args: dict[str, Any], outer_args: Any) -> None:
             f"{outer_args!r}. Write for example `outer_args={{'grad_fn': grad_fn}}`."
         )
     told = outer_args.get("inner_step", extra_args.get("inner_step"))
-    # Unless an `outer_loop` around this one passed it, and not the caller.
+    # It may come from an `outer_loop` around this one, but not from the caller.
     if told is not None and not isinstance(told, InnerStep):
         raise ValueError(
             "`inner_step` must not be an extra argument of `update`, got "
@@ -369,7 +369,7 @@ def describe_path(path: Any) -> str:
 
 
 def describe_state(opt_state: Any) -> str:
-    """Returns the name of its type, or that it holds a state of `optax.lookahead`."""
+    """Returns the name of its type, or "state of `optax.lookahead`" if it holds one."""
 
     def is_optax_lookahead(node: Any) -> bool:
         return isinstance(node, optax.LookaheadState)

@@ -9,9 +9,9 @@ import optax
 
 from . import _inner_state
 from ._checks import (
+    check_dtype,
     check_init,
     check_k,
-    check_slow_dtype,
     check_slow_memory,
     check_slow_memory_kind,
     check_transformation,
@@ -42,7 +42,7 @@ def cycles(
     """Returns `lookahead` with `alpha`, or `outer_loop` with `outer`."""
     check_transformation("inner", inner, "lookahead(optax.adam(1e-3))")
     check_k(k)
-    slow_dtype = check_slow_dtype(slow_dtype)
+    slow_dtype = check_dtype("slow_dtype", slow_dtype)
     check_slow_memory_kind(slow_memory_kind)
     memory = slow_memory(slow_memory_kind)
     inner = optax.with_extra_args_support(inner)

@@ -32,12 +32,12 @@ def ema_nesterov(
     gradients may be NaN, put `optax.apply_if_finite` around the chain.
 
     Args:
-      beta: How far ahead the gradient is taken, in average steps, at least 0. At 0 the
-        steps are those of the inner optimizer, and m is still updated; from 1 the steps
-        can grow without bound. Also a float scalar array or tracer, whose value is not
-        checked, or a schedule: a function from the step number t (int32 scalar, from 0)
-        to that value, such as one that is 0 in warm-up and at the end.
-      gamma: Decay of the average per step, in [0, 1). Also an array or a schedule, as
+      beta: How far ahead the gradient is taken, in units of m, at least 0. At 0 the
+        steps are those of the inner optimizer, and m is still updated; from 1 on the
+        steps can grow without bound. Also a float scalar array or tracer, whose value
+        is not checked, or a schedule: a function from the step number t (int32 scalar,
+        from 0) to that value, such as one that is 0 in warm-up and at the end.
+      gamma: Decay of the average per step, in [0, 1). Also an array or a schedule, like
         beta.
       accumulator_dtype: Floating dtype of m; None for that of the parameters. With
         bfloat16 parameters `"float32"` keeps the bits that a decay near 1 needs.
@@ -49,9 +49,11 @@ def ema_nesterov(
       neither floating nor complex is returned unchanged, and so is an update of None.
 
     Raises:
-      TypeError: If a static `beta` or `gamma` is not a real number.
+      TypeError: If a static `beta` or `gamma` is not a real number, or
+        `accumulator_dtype` not a floating dtype.
       ValueError: If a static `beta` is below 0 or not finite, a static `gamma` outside
-        [0, 1), or either is an array that is not a scalar.
+        [0, 1), either is an array that is not a scalar, or `accumulator_dtype` a dtype
+        that JAX has not enabled.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax

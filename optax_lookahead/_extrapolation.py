@@ -1,8 +1,8 @@
-"""Optimizers whose parameters are off the weights to evaluate, along one direction.
+"""Optimizers whose parameters are extrapolated from the weights to evaluate.
 
-y, the parameters of the loop, is w + coefficient * direction, and w are the weights to
-evaluate. Only the direction is stored: the new direction and the step of y follow from
-it and from the inner update u that was computed at y.
+The parameters of the loop, y, are w + coefficient * direction, where w are the weights
+to evaluate. Only the direction is stored: the new direction and the step of y follow
+from it and from the inner update u that was computed at y.
 """
 
 from collections.abc import Callable
@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ._checks import check_dtype
 from ._state import common_dtype, copy, is_inexact
 
 
@@ -51,6 +52,7 @@ def extrapolation(
     are direction and coefficient before it, and `step(u, d, c, new_d, new_c)` returns
     the update of the parameters.
     """
+    accumulator_dtype = check_dtype("accumulator_dtype", accumulator_dtype)
 
     def at(value: optax.ScalarOrSchedule, count: Any) -> jax.Array:
         # A copy, since the state may be donated.

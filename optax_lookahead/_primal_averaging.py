@@ -29,7 +29,7 @@ def primal_averaging(
     Only d = z - x is stored, one copy of the parameters: `d_{t+1}` is
     `mu_x_t * (d_t + inner(y_t))` and x is `y - (1 - mu_y) * d`. With a `mu_x` of
     `lambda t: 1 - 1 / (t + 1)` this is schedule-free; with `mu_x = mu_y` around SGD it
-    is Nesterov momentum `mu_x` at 1 - mu_x of the learning rate. Weight decay in
+    is Nesterov momentum `mu_x` at 1 - mu_x times the learning rate. Weight decay in
     `inner` is computed from y. If the parameters are changed outside the optimizer, x
     and z change with them. A NaN stays in d: if gradients may be NaN, put
     `optax.apply_if_finite` around the chain.
@@ -40,7 +40,7 @@ def primal_averaging(
         tracer, whose value is not checked, or a schedule: a function from the step
         number t (int32 scalar, from 0) to that value.
       mu_y: Where the gradient is taken, in [0, 1], from 0 at z to 1 at x. Also an array
-        or a schedule, as mu_x.
+        or a schedule, like mu_x.
       accumulator_dtype: Floating dtype of d; None for that of the parameters. With
         bfloat16 parameters `"float32"` keeps the bits that a decay near 1 needs.
 
@@ -52,9 +52,11 @@ def primal_averaging(
       None.
 
     Raises:
-      TypeError: If a static `mu_x` or `mu_y` is not a real number.
+      TypeError: If a static `mu_x` or `mu_y` is not a real number, or
+        `accumulator_dtype` not a floating dtype.
       ValueError: If a static `mu_x` is outside [0, 1), a static `mu_y` outside [0, 1],
-        or either is an array that is not a scalar.
+        either is an array that is not a scalar, or `accumulator_dtype` a dtype that JAX
+        has not enabled.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax

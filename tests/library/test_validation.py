@@ -9,8 +9,10 @@ import optax
 import pytest
 
 from optax_lookahead import (
+    ema_nesterov,
     lookahead,
     outer_loop,
+    primal_averaging,
     set_slow_params,
     slow_params,
     with_inner_state,
@@ -363,6 +365,17 @@ def test_a_slow_dtype_that_is_not_floating(slow_dtype):
         lookahead(optax.sgd(0.1), slow_dtype=slow_dtype)
     with pytest.raises(TypeError, match=re.escape(message)):
         outer_loop(optax.sgd(0.1), optax.sgd(0.5), 2, slow_dtype=slow_dtype)
+
+
+@pytest.mark.parametrize("make", [ema_nesterov, primal_averaging])
+def test_an_accumulator_dtype_is_checked_as_a_slow_dtype_is(make):
+    for dtype in (jnp.int8, bool, "f32x", 32, "complex64", np.ones(2)):
+        message = f"`accumulator_dtype` must be a floating dtype or None, got {dtype!r}"
+        with pytest.raises(TypeError, match=re.escape(message)):
+            make(accumulator_dtype=dtype)
+    message = "`accumulator_dtype` must be a dtype that JAX has enabled, got float64. "
+    with pytest.raises(ValueError, match=message):
+        make(accumulator_dtype="float64")
 
 
 @pytest.mark.parametrize("slow_dtype", ["float64", jnp.float64, np.dtype("float64")])
