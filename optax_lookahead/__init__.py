@@ -30,4 +30,4 @@ from ._surgery import (
     with_inner_state as with_inner_state,
 )
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
