@@ -2,16 +2,14 @@
 
 The home page is the README, and the other READMEs for users are pages, too, though they
 lie outside of `docs/`. A link to a page or a picture stays on the site; one to another
-file leads to the repository. Formulas become MathML, which browsers draw by themselves,
-and names in a line of text do not break after a hyphen or a bracket.
+file leads to the repository. Names in a line of text do not break after a hyphen or a
+bracket.
 """
 
-import html
 import pathlib
 import posixpath
 import re
 
-from latex2mathml.converter import convert
 from mkdocs.structure.files import File
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -25,10 +23,6 @@ OUTSIDE = (
     "benchmarks/*.png",
 )
 LINK = re.compile(r"\]\((?P<path>[^()#:\s]+)")
-FORMULA = re.compile(
-    r'<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<tex>.*?)\\[)\]]</(?P=tag)>',
-    re.DOTALL,
-)
 INLINE_CODE = re.compile(r"(?<=<code>)[^<\n]+(?=</code>)")
 WORD = re.compile(r"(?<!\S)\S{1,40}(?!\S)")  # a longer one is wider than a phone
 
@@ -60,13 +54,9 @@ def on_page_markdown(markdown, page, config, files):
 
 
 def on_page_content(page_html, **_):
-    """Draws the formulas, and keeps each word of inline code in one piece."""
-
-    def formula(match):
-        display = "block" if match["tag"] == "div" else "inline"
-        return convert(html.unescape(match["tex"]), display=display)
+    """Keeps each word of inline code in one piece."""
 
     def words(match):
         return WORD.sub(r'<span class="word">\g<0></span>', match[0])
 
-    return INLINE_CODE.sub(words, FORMULA.sub(formula, page_html))
+    return INLINE_CODE.sub(words, page_html)
