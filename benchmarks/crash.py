@@ -1,12 +1,12 @@
-"""Claim: a run that is killed again and again ends bit for bit like one that is not.
+"""Claim: a run that is killed many times ends bit for bit as one that is not.
 
 The trainer, an MLP on scikit-learn's digits, is a separate process that saves
 parameters and optimizer state every few steps with Orbax's asynchronous
 `CheckpointManager`. It is killed with SIGKILL at random moments of three kinds: while a
-checkpoint is being written, around an ordinary step, and while a restart restores. Each
-restart resumes from the newest complete checkpoint. At the end a run that is never
-killed takes as many steps, and every array of both is compared. It exits with 1 if any
-bit differs.
+checkpoint is being written, around an ordinary step, and while it restores after a
+restart. Each restart resumes from the newest complete checkpoint. At the end, all
+arrays are compared with those of a run of as many steps that is never killed. The
+script exits with 1 if any bit differs.
 
 A kill counts as inside a save if it left an unfinished checkpoint on the disk.
 
@@ -51,7 +51,7 @@ class Data(NamedTuple):
 
 
 def load_data() -> Data:
-    # Not in every trainer, which would start a third more slowly.
+    # Not imported in every trainer, which would take a third longer to start.
     from sklearn.datasets import load_digits
 
     x, y = load_digits(return_X_y=True)
@@ -116,7 +116,7 @@ class Doom(NamedTuple):
 
 
 class Kill(NamedTuple):
-    """What a kill hit."""
+    """When a trainer was killed."""
 
     doom: Doom
     resumed: int | None  # the step that the trainer resumed from, None before it did
@@ -141,7 +141,7 @@ class Runner:
         process = context.Process(target=trainer, args=args, daemon=True)
         process.start()
         try:
-            theirs.close()  # or its death would go unnoticed
+            theirs.close()  # or the end of the process would not be noticed
             yield process, ours
         finally:
             process.kill()
@@ -150,7 +150,7 @@ class Runner:
 
     def hear(self, process: Any, connection: Connection) -> tuple[str, Any]:
         if not connection.poll(max(0.0, self.deadline - time.monotonic())):
-            stop(f"not finished after {SECONDS} s, the limit. Lower --kills.")
+            stop(f"not finished within the limit of {SECONDS} s. Lower --kills.")
         try:
             return connection.recv()
         except EOFError:
@@ -161,7 +161,7 @@ class Runner:
         return any(self.folder.glob(f"{step}.orbax-checkpoint-tmp*"))
 
     def doomed(self, doom: Doom) -> Kill:
-        """Returns what was hit by killing one trainer as `doom` says."""
+        """Kills one trainer as `doom` says, and returns when that was."""
         resumed, step, n = None, 0, 0
         with self.life() as (process, connection):
             while n < doom.n:
@@ -175,7 +175,7 @@ class Runner:
             time.sleep(doom.delay)
         if process.exitcode != -signal.SIGKILL:
             stop(f"the trainer died by itself, exit code {process.exitcode}.")
-        # Until the trainer has cleaned up, unfinished checkpoints are of earlier kills.
+        # Before a trainer cleans up, unfinished checkpoints are those of earlier kills.
         return Kill(doom, resumed, step, doom.event != "restore" and self.unfinished())
 
     def await_begin_of_save(self, step: int) -> None:
@@ -202,7 +202,7 @@ def inside(kills: list[Kill]) -> int:
 
 
 def draw_doom(rng: np.random.Generator, number: int) -> Doom:
-    """Draws when to kill: half are in a save, and before most of them one succeeds."""
+    """Draws when to kill: half in a save, most of these after one that succeeded."""
     match ("save", "step", "save", "restore")[number % 4]:
         case "save":
             return Doom("save", int(rng.integers(2, 4)), rng.uniform(0, 0.05))
@@ -234,10 +234,10 @@ def main() -> None:
     with (
         tempfile.TemporaryDirectory() as killed_folder,
         tempfile.TemporaryDirectory() as folder,
-        tqdm(total=args.kills + 2, unit="life") as bar,
+        tqdm(total=args.kills + 2, unit="run") as bar,
     ):
         runner = Runner(killed_folder, data, deadline)
-        # A kill that is aimed at a save may come too late, so there may be some more.
+        # A kill aimed at a save may come too late, so there may be more kills.
         while len(kills) < args.kills or 4 * inside(kills) < args.kills:
             kill = runner.doomed(draw_doom(rng, len(kills)))
             kills.append(kill)
@@ -261,7 +261,7 @@ def main() -> None:
     positions = collections.Counter(step % K for step in [*restarts, resumed])
     print(f"kills: {len(kills)}, inside a save: {inside(kills)}")
     print(f"restarts resumed from step: {[*restarts, resumed]}")
-    print(f"by steps since the last sync: {dict(sorted(positions.items()))}")
+    print(f"restarts by steps since the last sync: {dict(sorted(positions.items()))}")
     print(f"steps: {steps}, seconds: {time.monotonic() - start:.0f}")
     if got.keys() != expected.keys():
         stop(f"the runs ended with other arrays: {got.keys() ^ expected.keys()}.")
@@ -279,7 +279,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    # So that `finally` runs then too.
+    # So that SIGTERM also runs `finally`.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()

@@ -1,17 +1,18 @@
-"""Claim: with a delay the exchange on a slow network runs during the inner steps.
+"""Claim: with a delay, communication over a slow network overlaps with inner steps.
 
-Two slices of eight chips of TPU v5e, a replica on each, with a slow network between
-them, compiled ahead of time on a machine that has none. A cycle of ten training steps
-of a decoder of two layers, forward and backward pass and Adam, and a Nesterov outer
-step, is one program: by `delayed_outer_loop` with a delay of four steps and without
-one, and by `outer_loop` with `average_replicas` in a loop over the steps. In the
-compiled program the exchange on the network is sends and receives, in the order in
-which they are started and waited for.
+Programs for two slices of eight chips of TPU v5e, with a replica on each and a slow
+network between them, are compiled ahead of time on a machine without TPUs. A cycle of
+ten training steps of a decoder of two layers (forward and backward pass, Adam) and a
+Nesterov outer step is one program: with `delayed_outer_loop`, with a delay of four
+steps and without one, and with `outer_loop` and `average_replicas` in a loop over the
+steps. In the compiled program the communication over the network is sends and receives,
+in the order in which they are started and waited for.
 
-Of each program it counts the sends and receives, how many are started before the loop
-over the steps of the delay and waited for after it; the bytes sent beside the loops
-over the steps, in a branch within them, and by every step; and the temporaries. These
-and the bytes are in units of N, the bytes of the parameters on a chip.
+For each program the script counts the sends and receives, and how many of them are
+started before the loop over the steps of the delay and waited for after it; the bytes
+sent outside the loops over the steps, in a branch within them, and by every step; and
+the temporaries. These and the bytes are in units of N, the bytes of the parameters on
+a chip.
 
     python -m pip install -e ".[tpu-aot]"
     python benchmarks/delayed.py
@@ -63,7 +64,7 @@ def train_step_of(tx: Any):
 
 
 def make_cycle(delay: int | str, params: Any):
-    """Returns a cycle of one replica, its states, and which parts each replica has."""
+    """Returns a cycle of one replica, its states, and the axes of replicas."""
     if delay == IN_A_LOOP:
         tx = outer_loop(ADAM, AVERAGED, K)
         state, train_step = jax.eval_shape(tx.init, params), train_step_of(tx)
@@ -155,15 +156,15 @@ def count(mapping: str, delay: int | str, *sizes: int) -> dict[str, Any]:
     exchanged, loops = around.pop("bytes"), around.pop("loops")
     return {
         **around,
-        "N sent beside them": exchanged / unit,
-        "at a sync in them": sum(sent[True]) / unit,
+        "N sent outside the loops": exchanged / unit,
+        "in branches in the loops": sum(sent[True]) / unit,
         "by every step": (sum(sent[False]) - exchanged) / loops / unit,
         "temporaries, N": compiled.memory_analysis().temp_size_in_bytes / unit,
     }
 
 
 def around_loop(text: str, trips: int | str) -> dict[str, int]:
-    """Counts sends and receives, by their place before or after the loop of `trips`."""
+    """Counts sends and receives before and after the loop of `trips` iterations."""
     if "is_scheduled=true" not in text.partition("\n")[0]:
         raise ValueError("the text of the program is not in the order of its schedule")
     bodies, entry = computations(text)
@@ -181,23 +182,25 @@ def around_loop(text: str, trips: int | str) -> dict[str, int]:
             loops.append(place)
         elif op == "while":
             others += 1
-    # The one with the steps of the delay is the last.
+    # The loop over the steps of the delay is the last one.
     loop = loops[-1] if loops else None
     return {
         "starts": len(starts),
-        "before the loop": sum(loop is not None and start < loop for start in starts),
-        "dones": len(dones),
-        "after it": sum(loop is not None and done > loop for done in dones),
+        "started before the loop": sum(
+            loop is not None and start < loop for start in starts
+        ),
+        "completions": len(dones),
+        "completed after it": sum(loop is not None and done > loop for done in dones),
         "bytes": sent,
         "loops": len(loops) + others,
     }
 
 
 def turns(line: str, bodies: dict[str, list[str]]) -> int | None:
-    """Returns a loop's iterations, with which its condition compares a counter."""
+    """Returns a loop's number of iterations, which is a constant in its condition."""
     called = re.search(r"condition=([^,\s]+)", line)
     if called is None:
-        raise ValueError(f"no condition was read from {line!r}")
+        raise ValueError(f"cannot read a condition from {line!r}")
     limits = re.findall(r"s32\[\]\S* constant\((\d+)\)", "\n".join(bodies[called[1]]))
     return int(limits[0]) if len(limits) == 1 else None
 
@@ -205,20 +208,21 @@ def turns(line: str, bodies: dict[str, list[str]]) -> int | None:
 def check_claim(counts: dict[tuple[str, int | str], dict[str, Any]]) -> None:
     for (mapping, delay), found in counts.items():
         where = f"{mapping}, delay {delay}"
-        sent = found["N sent beside them"], found["at a sync in them"]
+        sent = found["N sent outside the loops"], found["in branches in the loops"]
         expected = (0, 1) if delay == IN_A_LOOP else (1, 0)
         # Small arrays are padded.
         if not np.allclose(sent, expected, atol=0.02):
             raise AssertionError(f"{where}: {sent} N sent")
-        # In a loop under `vmap` the compiler sends the logits, to look up the labels'.
+        # In a loop under `vmap` the compiler sends logits, to look up those of labels.
         if mapping == "shard_map" and found["by every step"]:
-            raise AssertionError(f"{where}: {found['by every step']} N by every step")
+            raise AssertionError(f"{where}: {found['by every step']} N in every step")
         if delay in (0, IN_A_LOOP):
             continue
-        if not found["starts"] or found["starts"] != found["before the loop"]:
-            raise AssertionError(f"{where}: not all starts stand before the loop")
-        if found["dones"] != found["starts"] or found["dones"] != found["after it"]:
-            raise AssertionError(f"{where}: not all dones stand after the loop")
+        starts, completions = found["starts"], found["completions"]
+        if not starts or starts != found["started before the loop"]:
+            raise AssertionError(f"{where}: not all are started before the loop")
+        if not starts == completions == found["completed after it"]:
+            raise AssertionError(f"{where}: not all are completed after the loop")
 
 
 def main() -> None:

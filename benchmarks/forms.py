@@ -1,4 +1,4 @@
-"""The optimizers that the benchmarks compare: inner ones, and lookahead around them."""
+"""The optimizers that the benchmarks compare: alone, and inside lookahead."""
 
 from collections.abc import Callable
 from typing import Any
@@ -32,7 +32,7 @@ def naive(
     k: int,
     choose: Callable[[jax.Array, list, list, list], Any],
 ) -> optax.GradientTransformation:
-    """Returns lookahead without optimizations; `choose` decides between the steps."""
+    """Returns a naive lookahead; `choose` selects a step with a sync or one without."""
 
     def update(updates, state, params=None):
         inner_state, slow, step = state
@@ -71,9 +71,9 @@ def cond(sync, us, ps, phis):
 
 
 class LoopCond:
-    """`lax.cond` where a training loop could have it, after its parameters' step.
+    """`lax.cond` in the training loop, after the parameters were updated.
 
-    A transformation cannot do that: the updates would have to be stored for it.
+    A transformation cannot do this without storing the updates.
     """
 
     def __init__(self, inner: optax.GradientTransformation, k: int):
@@ -111,7 +111,7 @@ FORMS: dict[str, Callable[[optax.GradientTransformation, int], Any]] = {
     COND: lambda inner, k: naive(inner, k, cond),
     LOOP_COND: LoopCond,
 }
-# Of `lookahead`, with other things done to the inner state at a sync.
+# `lookahead` with other policies for the inner state at a sync.
 RESET, INTERPOLATE = f"{OURS}, reset", f"{OURS}, interpolate"
 POLICIES: dict[str, Callable[[optax.GradientTransformation, int], Any]] = {
     RESET: lambda inner, k: lookahead(inner, k, ALPHA, inner_state="reset"),
@@ -121,7 +121,7 @@ ALL = FORMS | POLICIES
 
 
 class Form:
-    """One form of one optimizer, with what a training step calls."""
+    """One form of an optimizer, with the methods that a training step calls."""
 
     def __init__(self, name: str, tx: Any):
         self.name, self.tx = name, tx

@@ -1,22 +1,24 @@
 """Claim: on a GPU, too, lookahead costs one read and one write of the slow weights.
 
-Two things are timed, parameters and state donated, the forms of a case interleaved:
+Two things are timed, with parameters and state donated, and with the forms of a case
+taking turns:
 
-- the optimizer step alone, for 200,000,000 parameters, past every cache. Its *floor* is
-  the bytes of all arrays that a step has to read or write, each once, over the same of
-  the inner optimizer: 9/7 for Adam, 7/5 for momentum, 5/3 for SGD.
+- the optimizer step alone, for 200,000,000 parameters, too large for any cache. Its
+  *floor* is the bytes of all arrays that a step has to read or write, each once, over
+  those of the inner optimizer: 9/7 for Adam, 7/5 for momentum, 5/3 for SGD.
 - a whole training step, of 12 square layers that compute little with each parameter,
   and of a transformer of 100,000,000 parameters. Its floor is the inner optimizer's
-  time and the time to copy what lookahead adds, at the card's own copy speed.
+  time plus the time to copy what lookahead adds, at the copy speed of the GPU.
 
-The copy speed is that of a donated `x + 1` of the parameters in the same rounds, bytes
-read and written. `inner alone, again` is the inner optimizer a second time: by as much
-as its ratio differs from 1, others can differ by chance. *Peak* is what the compiler
+The copy speed is that of `x + 1` on donated parameters in the same rounds, counting
+bytes read and written. `inner alone, again` is the inner optimizer measured a second
+time: other ratios can differ from 1 by as much by chance. *Peak* is what the compiler
 reserves for a step, *kernels* how many instructions of the optimized program launch
-something. Float32 matrices are multiplied as JAX does by default, here in TF32.
+something. Float32 matrices are multiplied with JAX's default precision, here TF32.
 
-Results are written after every program. If one fails, for lack of memory for example,
-its row says so, and so does the row of one that would start after `--budget` seconds.
+Results are written after every program. If a program fails, for example because memory
+runs out, its row says so. So does that of a program that would start after `--budget`
+seconds.
 
     python benchmarks/gpu.py --json benchmarks/results/gpu.json    # eight minutes
     python benchmarks/gpu.py --quick    # small, also on a CPU
@@ -57,7 +59,7 @@ from timing import (
     side_by_side,
 )
 
-# Steps in a turn: a multiple of k, and so many that the first launch hardly matters.
+# Steps in a turn: a multiple of k, and enough that the first launch hardly matters.
 STEPS = {STEP: 50, LAYERS: 10, TRANSFORMER: 5}
 SEVEN = [form for form in FORMS if form != WIDE]
 SIX = [form for form in SEVEN if form != NESTEROV]
@@ -84,7 +86,7 @@ class Case(NamedTuple):
 
 
 def cases() -> list[Case]:
-    """Returns all of them, the slowest last."""
+    """Returns all cases, the slowest last."""
     layers = {"leaves": 12, "size": 4096, "batch": 2048}
     alone = [("adam", SEVEN), ("sgd", SEVEN), ("adamw", SIX), ("momentum", FIVE[:3])]
     return [
@@ -136,9 +138,9 @@ def layers(case: Case) -> Model:
 
 
 def transformer(case: Case) -> Model:
-    """A causal language model, computed in bfloat16, its layers in a scan.
+    """A causal language model, computed in bfloat16, with its layers in a scan.
 
-    Without positions and without scales in its norms, which cost almost nothing.
+    It has no embedding of positions and no scales in its norms, which cost very little.
     """
     depth, width, heads = case.leaves, case.size, case.size // 64
     vocabulary, context = (20_480, 1024) if case.batch > 2 else (64, 8)
@@ -183,7 +185,7 @@ MODELS = {STEP: step_alone, LAYERS: layers, TRANSFORMER: transformer}
 
 
 def build(case: Case, name: str, model: Model) -> Program:
-    """Returns the program of one form, for which there was memory to run once."""
+    """Returns the program of one form, after one step to see that memory suffices."""
     grads_of, params, inputs = model
     if name == COPY:
         copied = jax.tree.map(jnp.copy, params)
@@ -257,10 +259,10 @@ def measure(
 
 def main() -> None:
     start = time.perf_counter()
-    parser = Parser(description="Lookahead on a GPU, a claim and its figures")
+    parser = Parser(description="Measures what lookahead costs on a GPU")
     parser.add_argument("--quick", action="store_true", help="small, also on a CPU")
     parser.add_argument("--tasks", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--budget", type=float, default=400, help="of seconds")
+    parser.add_argument("--budget", type=float, default=400, help="in seconds")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE")
     parser.add_argument("--from-json", type=pathlib.Path, metavar="FILE")
     args = parser.parse_args()
@@ -288,7 +290,7 @@ def main() -> None:
         rows = {form: head | {"form": form} for form in [*case.forms, COPY, AGAIN]}
         result["rows"] += rows.values()
         measure(case, rows, seconds, lambda: spent() > args.budget, save)
-        gc.collect()  # a program is in a cycle, and so are its arrays
+        gc.collect()  # programs and their arrays are in reference cycles
         print(f"\n{table(case.label(), rows)}\n{spent():.0f} s so far", flush=True)
     memory = jax.devices()[0].memory_stats() or {}
     result["peak_bytes_in_use"] = memory.get("peak_bytes_in_use")

@@ -1,4 +1,4 @@
-"""What `gpu.py` prints of the rows that it wrote: tables, and a line for each goal."""
+"""Prints the rows of `gpu.py`: tables, and a line for each goal."""
 
 import contextlib
 import subprocess
@@ -12,7 +12,7 @@ STEP, LAYERS, TRANSFORMER = "step alone", "12 layers", "transformer"
 
 
 def floor_ratio(row: dict[str, Any], alone: dict[str, Any]) -> float | None:
-    """Returns the least time over the inner optimizer's that traffic allows."""
+    """Returns the least time that memory traffic allows, over the inner optimizer's."""
     if "floor" not in row or "floor" not in alone or row["form"] == COPY:
         return None
     if row["task"] == STEP:
@@ -24,7 +24,7 @@ def floor_ratio(row: dict[str, Any], alone: dict[str, Any]) -> float | None:
 
 
 def cells(row: dict[str, Any], alone: dict[str, Any]) -> dict[str, str]:
-    """Returns what the table says of a row; what was not measured is empty."""
+    """Returns the cells of a row; those that were not measured are empty."""
     n, floor = row.get("n", 1), floor_ratio(row, alone)
     over = floor and row.get("ratio") and row["ratio"][1] / floor - 1
 
@@ -74,7 +74,7 @@ def verdict(goal: str, values: dict[str, float], limit: float) -> str:
 
 
 def verdicts(rows: list[dict[str, Any]]) -> str:
-    """Returns a line for each goal, with how far every case is from it."""
+    """Returns a line for each goal, with the distance of every case from it."""
 
     def values(value, tasks):
         result = {}
@@ -106,7 +106,7 @@ def verdicts(rows: list[dict[str, Any]]) -> str:
                 for form in (OURS, NESTEROV)
                 for v in [values(over_floor(form), [STEP])]
             ),
-            verdict("no temporaries more, in N", values(added, every), 0.001),
+            verdict("no more temporaries, in N", values(added, every), 0.001),
             verdict("a whole step within 1 %", values(over(OURS, ALONE), whole), 0.01),
             *(
                 verdict(f"{form} not slower than {UPSTREAM}, to 1 %", v, 0.01)
@@ -114,7 +114,7 @@ def verdicts(rows: list[dict[str, Any]]) -> str:
                 for v in [values(over(form, UPSTREAM), every)]
             ),
             *(
-                verdict(f"{form} wins at most 5 % of a whole step", v, 0.05)
+                verdict(f"{form} saves at most 5 % of a whole step", v, 0.05)
                 for form in (COND, LOOP_COND)
                 for v in [values(over(OURS, form), whole)]
             ),

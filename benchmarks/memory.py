@@ -1,10 +1,10 @@
 """Claim: lookahead holds exactly one more copy of the parameters, and nothing else.
 
-For what a sync does to the inner state, for an outer optimizer and for
-`optax.lookahead` it counts the bytes that parameters and state hold, from the live
-arrays, after some steps: against what theory says, and beside what the compiler
-reserves for a step. It exits with 1 if theory and count differ by one byte, counters
-aside, or if steps leave anything behind.
+For each policy for the inner state, for an outer optimizer and for `optax.lookahead`
+the script counts the bytes of all live arrays of parameters and state after some steps.
+The table compares them with the theory, and has what the compiler reserves for a step.
+The script exits with 1 if theory and count differ by one byte, except for counters, or
+if steps leave other arrays behind.
 
     python benchmarks/memory.py            # 10,000,000 parameters
     python benchmarks/memory.py --quick    # 100,000
@@ -57,7 +57,7 @@ def theory(policy: str, inner: str, dtype: str, wide: str | None) -> int:
     moments = MOMENTS[inner] * own
     return {
         ALONE: own + moments,
-        INTERPOLATE: own + moments + slow + moments,  # what they were at the last sync
+        INTERPOLATE: own + moments + slow + moments,  # the moments at the last sync
         NESTEROV: own + moments + slow + slow,  # the outer momentum
     }.get(policy, own + moments + slow)
 
@@ -83,7 +83,7 @@ def measure(policy: str, inner: str, dtypes: str, size: int) -> dict[str, Any]:
     if held != number * expected + counters:
         sys.exit(
             f"{policy}, {inner}, {dtypes}: {held:,} bytes are held, not {number:,} x "
-            f"{expected} and {counters} of counters."
+            f"{expected} plus {counters} for counters."
         )
     return {
         "parameters": dtypes,
@@ -106,7 +106,7 @@ def main() -> None:
     cases = [
         (policy, inner, dtypes)
         for dtypes, inner, policy in itertools.product(DTYPES, MOMENTS, POLICIES)
-        # SGD has nothing to reset or interpolate, the others have no slow dtype.
+        # SGD has no moments for the policies; two forms have no slow dtype.
         if not (inner == "sgd" and policy not in (ALONE, KEEP, NESTEROV, UPSTREAM))
         and not (DTYPES[dtypes][1] and policy in (ALONE, UPSTREAM))
     ]

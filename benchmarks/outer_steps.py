@@ -12,27 +12,28 @@ predict the next byte of the source code of the packages that are installed here
     AdamW, lookahead           k = 5, alpha = 0.5
     AdamW, Nesterov            as around Muon
 
-Each is read at the weights to evaluate and at their average over the last tenth of the
-steps, of one in 30. Three rates of each are tried on 600 steps with seed 0, then each
-runs 3,000 steps with its best one and with seeds 1 to 4, which have the same first
-weights and the same batches in all arms. A difference is a paired mean of at least 3.09
-of its standard errors; four seeds without one show it in 5.4 % of comparisons, of which
-there are ten. Steps saved are how many more the inner optimizer alone would need, by
-its loss after 600 and 3,000 steps. All of this is fixed before the first run.
+Each is evaluated at the weights to evaluate and at their average over the last tenth of
+the steps, of every 30th step. For each, three learning rates are tried for 600 steps
+with seed 0; then it runs 3,000 steps with the best one and with seeds 1 to 4, which
+have the same initial weights and the same batches in all arms. There is a difference if
+the mean of the paired differences is at least 3.09 standard errors. With four seeds,
+5.4 % of comparisons between equal arms would show one; there are ten comparisons. Steps
+saved are how many more steps the inner optimizer alone would need, from its losses
+after 600 and 3,000 steps. All of this was fixed before the first run.
 
-Muon is for the layers' matrices; AdamW with 0.15 times its rate trains the rest there.
-The steps are one jitted scan of 150, which is called again and again, so that rate,
-seed and length are values and each arm is compiled once.
+With Muon, the layers' matrices are trained by Muon and the rest by AdamW with 0.15
+times the learning rate. The steps are one jitted scan of 150, which is called many
+times. Learning rate, seed and length are traced, so that each arm is compiled once.
 
-Results are saved after every run. If a run fails, its row says so, and so does the row
-of a run that would start after 35 minutes, in all calls together. All arms run one seed
-after the other, so that the last seeds are left out. A second call with the same file
-continues, and tries again what failed:
+Results are saved after every run. If a run fails, its row says so; so does the row of a
+run that would start after 35 minutes, summed over all calls. All arms run with one seed
+before the next, so that only the last seeds are left out. A second call with the same
+file continues, and repeats what failed:
 
     python benchmarks/outer_steps.py --json outer_steps.json     # one GPU, 35 minutes
     python benchmarks/outer_steps.py --json outer_steps.json --this-call 9    # a part
     python benchmarks/outer_steps.py --from-json outer_steps.json --picture steps.png
-    python benchmarks/outer_steps.py --quick    # shrunk, on a CPU; says nothing
+    python benchmarks/outer_steps.py --quick    # small, on a CPU; a test of the script
 
 With `JAX_COMPILATION_CACHE_DIR` the later parts need not compile again.
 """
@@ -94,7 +95,7 @@ class Size(NamedTuple):
     most_bytes: int
 
     def flops(self) -> float:
-        """Returns those of a training step: 6 a weight and token, and the attention."""
+        """Returns FLOPs of a training step: 6 per weight and token, and attention."""
         matrices = 12 * self.depth * self.width**2 + VOCABULARY * self.width
         attention = 12 * self.depth * self.context * self.width
         return (6.0 * matrices + attention) * self.batch * self.context
@@ -132,8 +133,8 @@ def with_ema_nesterov(inner, steps):
     return optax.chain(inner, ema_nesterov(beta, gamma=0.99))
 
 
-# Rates a factor of 2 apart. An outer step multiplies a steady inner one by 1.75, 1.43
-# and 0.5, so the middle ones differ.
+# Learning rates a factor of 2 apart. With constant inner updates, the three wrappers
+# multiply the step by 1.75, 1.43 and 0.5, so the middle rates differ.
 ARMS = {
     "Muon": Arm("Muon", (0.01, 0.02, 0.04), alone),
     "Muon, Nesterov": Arm("Muon", (0.007, 0.014, 0.028), nesterov),
@@ -190,7 +191,7 @@ def optimizer(arm: Arm, peak: Any, steps: Any) -> optax.GradientTransformation:
 
 
 def init_params(key: jax.Array, size: Size) -> Params:
-    """Returns float32 weights, of which those behind a residual are small."""
+    """Returns float32 weights; those at the end of a residual branch are smaller."""
     depth, width = size.depth, size.width
     shapes = {
         "embedding": (VOCABULARY, width),
@@ -250,7 +251,7 @@ def loss_fn(
         return x + jax.nn.gelu(norm(x) @ w["up"]) @ w["down"], None
 
     layers = {name: narrow[name] for name in ("qkv", "out", "up", "down")}
-    # Without a loop, whose saved activations a GPU would copy in and out of a stack.
+    # Unrolled: in a loop, a GPU would copy saved activations into and out of a stack.
     x, _ = jax.lax.scan(layer, narrow["embedding"][tokens[:, :-1]], layers, unroll=True)
     x = norm(x) * narrow["scale"][None, None]
     logits = jnp.matmul(x, narrow["head"], preferred_element_type=jnp.float32)
@@ -266,7 +267,7 @@ def windows_at(text: jax.Array, starts: jax.Array, context: int) -> jax.Array:
 
 
 def attention_here(size: Size) -> Attention:
-    """Returns cuDNN's attention if it works here, which saves the scores' traffic."""
+    """Returns cuDNN's attention if it works here, as it does not store the scores."""
     if jax.default_backend() == "cpu":
         return "xla"
     shape = (size.batch, size.context, size.heads, size.width // size.heads)
@@ -315,7 +316,7 @@ class Trainer:
         return jnp.mean(losses)
 
     def program(self, name: str) -> tuple[Callable, Callable]:
-        """Returns how a run of the arm starts, and how it goes on for a segment."""
+        """Returns functions that start a run and that continue it for a segment."""
         if name not in self.programs:
             arm, size = ARMS[name], self.size
 
@@ -368,7 +369,7 @@ class Trainer:
             run, value = go_on(run, *settings, self.train_text, self.held_out)
             curve.append([step, float(value)])
             if step == self.size.segment:
-                first = time.perf_counter() - clock  # compiles, if need be
+                first = time.perf_counter() - clock  # compiles, if needed
             if not math.isfinite(curve[-1][1]):
                 curve.pop()
                 return {"status": DIVERGED, "curve": curve}
@@ -382,9 +383,9 @@ class Trainer:
 
 
 def tail_average(average: Params, weights: Params, step: Any, steps: Any) -> Params:
-    """Returns the mean of the weights, of one in K steps of the last tenth so far.
+    """Returns the mean of the weights at every K-th step of the last tenth so far.
 
-    Of the last 2 K at least; called after every K steps.
+    The tail is at least the last 2 K steps. Call this after every K steps.
     """
     count = (step - steps + jnp.maximum(steps // 10, 2 * K)) // K
     share = jnp.where(count > 0, 1 / jnp.maximum(count, 1), 0.0)
@@ -392,10 +393,10 @@ def tail_average(average: Params, weights: Params, step: Any, steps: Any) -> Par
 
 
 def plan(size: Size) -> list[Row]:
-    """Returns all runs in their order, with nothing run."""
+    """Returns a row for each run, in order; none has run yet."""
     trials = [
         (RATES, name, arm.rates[i], 0, size.trial)
-        # The middle one first, so that there is a rate whenever time ends.
+        # The middle one first, so that there is a rate even if time runs out.
         for i in (1, 0, 2)
         for name, arm in ARMS.items()
     ]
@@ -435,7 +436,7 @@ def carry_out(
             except Exception as error:  # of any type: the other runs still start
                 row["status"] = f"{FAILED}: {describe(error)}"
                 print(f"{row['arm']}: {row['status']}", flush=True)
-                gc.collect()  # a program is in a cycle, and so are its arrays
+                gc.collect()  # programs and their arrays are in reference cycles
         save()
     save()
 
@@ -446,7 +447,7 @@ def describe(error: Exception) -> str:
 
 
 class Clock:
-    """The time that was spent, in this call and in all that wrote to a file."""
+    """The time spent in this call and in earlier calls with the same file."""
 
     def __init__(self, before: float, minutes: float, this_call: float):
         self.start, self.before = time.perf_counter(), before
@@ -460,13 +461,13 @@ class Clock:
         return time.perf_counter() - self.start
 
     def may_start(self, steps: int) -> bool:
-        """Whether a run may start, which must end before this call has to."""
+        """Whether a run may start: it must end within the time of this call."""
         end = self.here() + self.compiling + steps * self.step
         return self.spent() < 60 * self.minutes and end < 60 * self.this_call
 
 
 def settings(text: Text, size: Size) -> Row:
-    """Returns all that may not change from one call to the next."""
+    """Returns what must not change from one call to the next."""
     return {
         "shrunk": size != FULL,
         "size": size._asdict(),
@@ -479,16 +480,16 @@ def settings(text: Text, size: Size) -> Row:
 
 
 def parse_args() -> tuple[Parser, argparse.Namespace]:
-    parser = Parser(description="Does an outer step help? On one GPU")
-    parser.add_argument("--quick", action="store_true", help="shrunk, also on a CPU")
-    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="goes on")
+    parser = Parser(description="Does an outer step help? Runs on one GPU")
+    parser.add_argument("--quick", action="store_true", help="small, also on a CPU")
+    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="continued")
     parser.add_argument("--from-json", type=pathlib.Path, metavar="FILE")
     parser.add_argument("--picture", type=pathlib.Path, metavar="FILE", help="a PNG")
     parser.add_argument(
         "--minutes", type=float, default=35, help="after which no run starts"
     )
     parser.add_argument(
-        "--this-call", type=float, default=math.inf, help="minutes, to end before"
+        "--this-call", type=float, default=math.inf, help="minutes of this call"
     )
     args = parser.parse_args()
     for path in (args.json, args.picture):

@@ -1,7 +1,7 @@
-"""What `outer_steps.py` says of the rows that it wrote: verdicts, tables, a picture.
+"""Reports on the rows that `outer_steps.py` wrote: verdicts, tables, a picture.
 
-A row is a run. `last` is its held-out loss at the end, `tail` that of the average of
-its tail; both are None where the run diverged.
+A row is a run. `last` is its held-out loss at the end, `tail` that of the average over
+its tail. Both are None or absent if the run diverged.
 """
 
 import math
@@ -30,14 +30,14 @@ class Paired(NamedTuple):
 
     @property
     def resolution(self) -> float:
-        """The least mean that would have been a difference."""
+        """The least mean that would count as a difference."""
         return RESOLVED * self.error
 
 
 def paired(losses: Sequence[float], reference: Sequence[float]) -> Paired:
     """Compares runs with those of the same seeds, in the same order."""
     pairs = list(zip(losses, reference, strict=True))
-    # A pair without its reference says nothing; one that diverged alone says much.
+    # If the reference diverged the pair is left out, but not if only the run did.
     pairs = [pair for pair in pairs if math.isfinite(pair[1])]
     differences = [a - b for a, b in pairs if math.isfinite(a)]
     n, diverged = len(differences), len(pairs) - len(differences)
@@ -59,10 +59,10 @@ def steps_saved(
 ) -> float:
     """Returns how many more steps the reference would need for that difference.
 
-    `short` and `long` are the steps of two of its runs, each with its rate brought to
-    zero, and their losses, between which the loss is taken to fall with the logarithm
-    of the steps. Beyond `long` it falls more slowly, so the true number is rather
-    larger. NaN where it did not fall.
+    `short` and `long` are the steps and losses of two of its runs, in each of which the
+    learning rate decays to zero. The loss is assumed to fall linearly with the
+    logarithm of the steps. Beyond `long` it falls more slowly, so the true number is
+    probably larger. NaN if the loss did not fall.
     """
     slope = (short[1] - long[1]) / math.log(long[0] / short[0])
     if not slope > 0:
@@ -80,8 +80,8 @@ def of(rows: Iterable[Row], stage: str, arm: str) -> list[Row]:
 
 
 def chosen_rate(rows: list[Row], arm: str) -> float | None:
-    """Returns the rate of the least loss in the trials, or None if none was finite."""
-    # A rate that runs were made with does not change when trials are added.
+    """Returns the rate of the least loss in the trials, or None if none is finite."""
+    # Once runs have used a rate, it does not change when trials are added.
     for row in of(rows, SEEDS, arm):
         if row["status"] in (DONE, DIVERGED):
             return row["rate"]
@@ -90,7 +90,7 @@ def chosen_rate(rows: list[Row], arm: str) -> float | None:
 
 
 def compare(rows: list[Row], arm: str, alone: str, reading: str) -> Paired:
-    """Compares an arm with its inner optimizer, and that with its own last weights."""
+    """Compares an arm with its inner optimizer, the latter with its last weights."""
     read = "last" if arm == alone else reading
     pairs = [
         (loss(mine, reading), loss(other, read))
@@ -103,7 +103,7 @@ def compare(rows: list[Row], arm: str, alone: str, reading: str) -> Paired:
 
 
 def curve_of(rows: list[Row], alone: str) -> tuple[tuple[int, float], ...] | None:
-    """Returns the steps and the loss of a short and of a long run alone."""
+    """Returns steps and loss of a short and of a long run of the inner optimizer."""
     rate = chosen_rate(rows, alone)
     trials = [row for row in of(rows, RATES, alone) if row["rate"] == rate]
     runs = [row for row in of(rows, SEEDS, alone) if math.isfinite(loss(row, "last"))]
@@ -189,7 +189,7 @@ def left_out(rows: list[Row]) -> list[str]:
 
 
 def report(result: dict[str, Any]) -> str:
-    """Returns the whole text, from what was saved."""
+    """Returns the whole text, from the saved results."""
     rows, arms = result["rows"], result["arms"]
     seeds = len({row["seed"] for row in rows if row["stage"] == SEEDS})
     held_out = textwrap.fill(f"Held out: {', '.join(result['held_out_packages'])}.", 88)
@@ -202,9 +202,10 @@ def report(result: dict[str, Any]) -> str:
     parts += [
         "Held-out losses in nats per byte. Rates, tried with one seed; * is chosen:"
         f"\n\n{markdown(trials(rows))}",
-        f"With {seeds} new seeds, paired by seed: minus the inner optimizer alone, "
-        "read likewise; of that one, its\naverage minus its last weights. A difference "
-        f"is one of {RESOLVED} standard errors:\n\n{markdown(verdicts(rows, arms))}",
+        f"With {seeds} new seeds, paired by seed: the loss minus that of the inner "
+        "optimizer alone, evaluated\nlikewise; for the latter, the average minus the "
+        f"last weights. A difference is at least {RESOLVED}\nstandard errors:\n\n"
+        f"{markdown(verdicts(rows, arms))}",
     ]
     if missing := left_out(rows):
         parts.append("Without a result:\n" + "\n".join(missing))
@@ -212,7 +213,7 @@ def report(result: dict[str, Any]) -> str:
 
 
 def draw(result: dict[str, Any], path: pathlib.Path) -> None:
-    """Draws the curves of the means, and the differences with what was resolved."""
+    """Draws the curves of the means, and the differences with their resolution."""
     from matplotlib.figure import Figure
 
     rows, arms = result["rows"], result["arms"]

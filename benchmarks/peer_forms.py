@@ -1,6 +1,6 @@
-"""One framework's side of `peers.py`: its optimizers, alone and inside Lookahead.
+"""The process of one framework in `peers.py`: optimizers, alone and inside Lookahead.
 
-Each framework runs in a process of its own, which reads requests as lines of JSON from
+Each framework runs in a separate process, which reads requests as lines of JSON from
 its standard input and answers each with one line. It imports nothing but its framework,
 so it also runs in another Python environment.
 
@@ -50,7 +50,7 @@ def explain(error: Exception, remedy: str) -> str:
 
 
 class Framework:
-    """What one framework offers, and what it could not import."""
+    """One framework, and the packages that could not be imported."""
 
     packages: tuple[str, ...]  # whose versions are reported
     remedy = "pip install {}"
@@ -193,8 +193,8 @@ class TorchForm(Form):
 class TensorFlow(Framework):
     packages = ("tensorflow", "tensorflow-cpu", "tensorflow-addons")
     remedy = (
-        "pip install tensorflow-addons tensorflow-cpu==2.15.1 in an environment of "
-        "its own (it needs NumPy 1), then --tensorflow-python"
+        "pip install tensorflow-addons tensorflow-cpu==2.15.1 in a separate "
+        "environment (it needs NumPy 1), then --tensorflow-python"
     )
 
     def __init__(self):
@@ -215,7 +215,7 @@ class TensorFlow(Framework):
         )
 
     def forms(self, inner, rate, params, k):
-        # The only optimizers that it wraps.
+        # The only optimizers that it can wrap.
         legacy = self.tf.keras.optimizers.legacy
         for name in (INNER_ALONE, "tensorflow-addons"):
             optimizer = {
@@ -300,7 +300,7 @@ class Session:
             inner, RATES[inner], list(params), k
         ):
             form.grads = arrays
-            for _ in range(2 * k):  # compiles, and makes what is made at a sync
+            for _ in range(2 * k):  # compiles, and creates what a sync creates
                 form.step()
             gc.collect()
             after = self.framework.live_bytes()
@@ -325,7 +325,7 @@ class Session:
 
 
 def main() -> None:
-    # Replies have a file of their own: libraries print what they like when imported.
+    # Replies use a separate file, since libraries may print when they are imported.
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     framework = {"jax": Jax, "torch": Torch, "tensorflow": TensorFlow}[sys.argv[1]]

@@ -1,20 +1,20 @@
-"""Claim: of the Lookaheads that run compiled, this one adds least to its inner step.
+"""Claim: of all compiled Lookaheads, this one adds the least time to its inner step.
 
 Compares `optax_lookahead` with `optax.lookahead`, with three wrappers for PyTorch
-(`pytorch_optimizer`, `timm`, `torch_optimizer`) and with TensorFlow Addons, each with
-the inner optimizer of its own framework: the same arrays and gradients, k = 5,
-alpha = 0.5, the optimizer step alone. A peer that is not installed is a line in the
-table.
+(`pytorch_optimizer`, `timm`, `torch_optimizer`) and with TensorFlow Addons, each around
+the inner optimizer of its own framework, with the same arrays and gradients, k = 5 and
+alpha = 0.5. Only the optimizer step is timed. For a peer that is not installed, a line
+in the table says so.
 
-Where the slow weights are touched only at a sync, four steps are cheap and the fifth
-is slow, so the unit is a whole cycle; the table also has the slowest step of a cycle,
-which decides latency. Every step is waited for. Each framework is a process
-of its own, since their thread pools would share the cores otherwise (and TensorFlow
-Addons needs another NumPy); they take turns, a cycle of each form in each round. Ratios
-are within a process and a round.
+If slow weights are accessed only at a sync, four steps are fast and the fifth is slow,
+so whole cycles are timed; the table also has the slowest step of a cycle, which
+determines latency. Every step is waited for. Each framework has a separate process,
+since otherwise their thread pools would share the cores (and TensorFlow Addons needs
+another NumPy). The processes take turns, with a cycle of each form in each round.
+Ratios are of times in the same process and round.
 
-Whether a form is Lookahead is checked too: its parameters over three cycles against
-Algorithm 1 in NumPy (`tests/helpers/reference.py`).
+The script also checks whether a form is Lookahead: it compares the parameters over
+three cycles with Algorithm 1 in NumPy (`tests/helpers/reference.py`).
 
     python -m pip install -e ".[peers]"
     python benchmarks/peers.py            # 20 x 500,000 and 20 x 1,500,000 float32
@@ -45,11 +45,11 @@ from peer_forms import ALPHA, INNER_ALONE  # noqa: E402
 
 FRAMEWORKS = ("jax", "torch", "tensorflow")
 INNERS = {"adam": reference.adamw, "sgd": reference.sgd}
-# All on the CPU, as an accelerator that only some of them see would be no comparison.
+# All on the CPU: with an accelerator that only some see, no comparison would be fair.
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 K = 5
 CYCLES = 3
-CHECK_RATE = 0.1  # large, so that a missed sync shows
+CHECK_RATE = 0.1  # large, so that a missed sync is detected
 TOLERANCE = 1e-4  # float32 over 15 steps of values around 1; a missed sync gives 0.1
 
 
@@ -204,7 +204,7 @@ def measure(
 
 
 def check_ours(rows: list[Row], unit: int) -> None:
-    """Stops unless ours is Algorithm 1 and holds one copy and two counters more."""
+    """Exits unless ours is Algorithm 1 and holds one more copy and two counters."""
     for row in rows:
         if row.form != "optax_lookahead":
             continue
@@ -212,7 +212,7 @@ def check_ours(rows: list[Row], unit: int) -> None:
             stop(f"optax_lookahead differs from Algorithm 1 by {row.deviation:g}.")
         if round(row.extra * unit) != unit + 8:
             stop(
-                f"optax_lookahead holds {round(row.extra * unit)} bytes more, not "
+                f"optax_lookahead holds {round(row.extra * unit)} more bytes, not "
                 f"{unit + 8}: the slow weights and two counters."
             )
 

@@ -1,20 +1,20 @@
 """Claim: replicas that average at syncs send 1 / k of what data-parallel ones send.
 
-For TPU v5e, compiled ahead of time on a machine that has none: a decoder of 8 layers,
-of which each of R replicas holds one copy, sharded over its chips. The optimizer's part
-of a step is measured for `outer_loop` around Adam with a Nesterov outer step, with and
-without `average_replicas` before it, and for Adam after an average of the gradients in
-every step: the bytes that a chip sends through collectives across replicas,
-temporaries, and the bytes read and written in HBM by a step that syncs and by one that
-does not, all in units of N, the bytes of the parameters on a chip; and the number of
-collectives in a program.
+Programs for TPU v5e are compiled ahead of time on a machine without TPUs, for a decoder
+of 8 layers, of which each of R replicas holds one copy, sharded over its chips. The
+optimizer's part of a step is measured for `outer_loop` around Adam with a Nesterov
+outer step, with and without `average_replicas` before it, and for Adam with gradients
+that are averaged in every step. The table has the bytes that a chip sends through
+collectives across replicas, the temporaries, and the bytes read and written in HBM by a
+step that syncs and by one that does not, all in units of N, the bytes of the parameters
+on a chip; and the number of collectives in a program.
 
 Then two slices of eight chips, a replica on each, with a slow network between them: the
-whole training step of a decoder with 6 layers of 2,048, mapped by `vmap` and by
-`shard_map`. The compiler turns what crosses the network into sends and receives, which
-are counted inside and outside of branches. The table has the temporaries too.
+whole training step of a decoder with 6 layers of width 2,048, mapped by `vmap` and by
+`shard_map`. The compiler turns transfers over the network into sends and receives,
+which are counted inside and outside of branches. The table has the temporaries too.
 
-Last, on the CPU of this machine and for four replicas on it, temporaries and time.
+Last, temporaries and time of four replicas on the CPU of this machine.
 
     python -m pip install -e ".[tpu-aot]"
     python benchmarks/replicas.py
@@ -75,10 +75,10 @@ FORMS = {
 
 
 class Counts(NamedTuple):
-    """Of a compiled step, all but the collectives in units of N."""
+    """Counts of a compiled step, in units of N except for the collectives."""
 
     sent: float  # in every step
-    sent_at_sync: float  # and by one that syncs, besides
+    sent_at_sync: float  # in addition, by a step that syncs
     collectives: int  # instructions of the program, in a branch or not
     temporaries: float
     hbm: float  # read and written by a step that does not sync
@@ -99,7 +99,7 @@ def make_step(form: str):
 
 
 def map_step(form: str, params: Any, **names: str):
-    """Returns the step of all replicas, and which parts of its state each has."""
+    """Returns the step of all replicas, its state, and the axes of replicas in it."""
     state = jax.eval_shape(FORMS[form].init, params)
     axes = state_axes(form, state)
     step = jax.vmap(
@@ -109,7 +109,7 @@ def map_step(form: str, params: Any, **names: str):
 
 
 def state_axes(form: str, state: Any) -> Any:
-    if form == EVERY_STEP:  # without a lookahead, all is each replica's own
+    if form == EVERY_STEP:  # without lookahead, each replica has its own
         return jax.tree.map(lambda _: 0, state)
     return replica_axes(state)
 
@@ -183,7 +183,7 @@ def normed(x: jax.Array, scale: jax.Array) -> jax.Array:
 def count_two_slices(
     mapping: str, form: str, layers: int, *widths: int
 ) -> dict[str, float]:
-    """Counts a whole training step of two replicas, each on a slice of its own."""
+    """Counts a whole training step of two replicas, each on its own slice."""
     slices = topologies.get_topology_desc(
         platform="tpu", topology_name="v5e:2x4", num_slices=2
     )
@@ -219,19 +219,19 @@ def count_two_slices(
     state = jax.tree.map(functools.partial(on_mesh, mesh), state, axes)
     shardings = jax.tree.map(lambda x: x.sharding, (params, state))
     step = jax.jit(step, donate_argnums=(0, 1), out_shardings=shardings)
-    # What the compiler keeps on the chip it does not count as a temporary, which would
-    # compare programs by how much of them fits there.
+    # The compiler does not count arrays in on-chip memory as temporaries, so the
+    # comparison would depend on how much of each program fits there.
     compiled = step.lower(params, state, on_mesh(mesh, tokens)).compile(
         compiler_options={"xla_vf_vmem_memory_space_assignment": False}
     )
     unit, text = size * 4 / 8, compiled.as_text()
-    # Communication between slices is sends; collectives must be within a slice.
+    # Slices communicate by sends; collectives must be within a slice.
     if any(messages(text, 16, lambda i: i // 8)):
         raise AssertionError(f"{mapping}, {form}: a collective spans both slices")
     found = sends(text)
     return {
-        "sends outside a branch": len(found[False]),
-        "in one": len(found[True]),
+        "sends outside branches": len(found[False]),
+        "in branches": len(found[True]),
         "sent in every step": sum(found[False]) / unit,
         "at a sync": sum(found[True]) / unit,
         "temporaries": compiled.memory_analysis().temp_size_in_bytes / unit,
@@ -239,7 +239,7 @@ def count_two_slices(
 
 
 def sends(text: str) -> dict[bool, list[int]]:
-    """Returns the bytes of each send, by whether it is in a branch."""
+    """Returns the bytes of each send, outside and inside of branches."""
     bodies, entry = computations(text)
     found = {False: [], True: []}
 
@@ -266,7 +266,7 @@ def sends(text: str) -> dict[bool, list[int]]:
 
 
 def hbm_bytes(text: str) -> tuple[int, int]:
-    """Returns what a step that does not sync moves, and one that does."""
+    """Returns the bytes that a step without a sync moves, and one with a sync."""
     bodies, entry = computations(text)
 
     def moved(name: str) -> int:

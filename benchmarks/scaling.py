@@ -1,13 +1,13 @@
-"""Claim: lookahead's cost grows as its inner optimizer's does, in leaves and floats.
+"""Claim: with leaves and floats, lookahead's cost grows as its inner optimizer's.
 
 For Adam alone and inside lookahead: the time to trace, to compile and to run a step of
 10 to 5,000 leaves of 1,000 floats, with the exponent e of a fit c * leaves^e; and the
-time of a step per parameter, for 1,000 to 100,000,000 floats in 20 leaves. It exits
-with 1 if a step is traced twice, or if it accesses more bytes per float, or has more
-temporaries, the more leaves there are.
+time of a step per parameter, for 1,000 to 100,000,000 floats in 20 leaves. The script
+exits with 1 if a step is traced twice, or if with more leaves it accesses more bytes
+per float or has more temporaries.
 
     python benchmarks/scaling.py            # mostly compiling 5,000 leaves
-    python benchmarks/scaling.py --quick    # to 100 leaves and 100,000 floats
+    python benchmarks/scaling.py --quick    # up to 100 leaves and 100,000 floats
     python benchmarks/scaling.py --out scaling.png
 """
 
@@ -81,7 +81,7 @@ def of(form: str, rows: list[Row]) -> list[Row]:
 
 
 def violations(rows: list[Row]) -> list[str]:
-    """Returns what does not grow as claimed, the clock aside."""
+    """Returns what does not grow as claimed, except for times."""
     result = []
     few = of(OURS, rows)[0]
     for alone, ours in zip(of(ALONE, rows), of(OURS, rows), strict=True):

@@ -1,18 +1,18 @@
-"""Claim: slow weights in the host's memory take no HBM, and no time in most steps.
+"""Claim: slow weights in host memory take no HBM, and no time in most steps.
 
 Whole training steps of a decoder are compiled ahead of time for TPU v5e on a machine
-without one. The table has the bytes of arguments and of temporaries in a chip's HBM;
+without TPUs. The table has the bytes of arguments and of temporaries in a chip's HBM;
 the copies between the two memories, in a loop that runs at the start of a cycle and at
-its sync, or in every step; and of the optimizer's part alone the HBM bytes of a step
-that does neither.
-*Moved in every step* is the form without `slow_memory_kind`, written around the update.
-N is the bytes of the parameters on a chip. The batch grows with the slice.
+its sync, or in every step; and, for the optimizer's part alone, the HBM bytes of a step
+that neither starts nor ends a cycle. *Moved in every step* is the form without
+`slow_memory_kind`, written around the update. N is the bytes of the parameters on a
+chip. The batch grows with the slice.
 
-On a GPU the script measures it instead: the largest difference to slow weights on the
+On a GPU the script measures instead: the largest difference to slow weights on the
 device, the bytes that are held, and whole steps of a transformer of 100 M parameters.
 
     python -m pip install -e ".[tpu-aot]"
-    python benchmarks/slow_memory.py            # on a GPU, those rows; else the TPU's
+    python benchmarks/slow_memory.py            # measures on a GPU, else for TPUs
     python benchmarks/slow_memory.py --quick    # small: two forms on four chips
 """
 
@@ -89,7 +89,7 @@ FORMS = {
     "bfloat16: float32 slow weights": Form(
         lookahead(BFLOAT16, K, **WIDE), False, "bfloat16: Adam", jnp.bfloat16
     ),
-    "bfloat16: these on the host": Form(
+    "bfloat16: float32 slow weights on the host": Form(
         lookahead(BFLOAT16, K, **WIDE, **HOST), True, "bfloat16: Adam", jnp.bfloat16
     ),
 }
@@ -138,7 +138,7 @@ def compile_step(slice_name: str, form: Form, layers: int, *, whole: bool):
 
     shardings = jax.tree.map(lambda x: x.sharding, (params, state))
     step = jax.jit(step, donate_argnums=(0, 1), out_shardings=shardings)
-    # What the compiler keeps on the chip it does not count as a temporary.
+    # The compiler does not count arrays in on-chip memory as temporaries.
     options = {"xla_vf_vmem_memory_space_assignment": False} if whole else {}
     compiled = step.lower(params, state, tokens if whole else params).compile(
         compiler_options=options
@@ -151,7 +151,7 @@ def compile_step(slice_name: str, form: Form, layers: int, *, whole: bool):
 
 
 def host_copies(text: str) -> dict[bool, int]:
-    """Returns the copies from or to the host's memory, by whether a loop has them."""
+    """Returns the number of copies from or to host memory, outside and in loops."""
     bodies, entry = computations(text)
     found = {False: 0, True: 0}
 
@@ -194,7 +194,7 @@ def count(slice_name: str, name: str, layers: int) -> dict[str, Any]:
 
 
 def check_claim(rows: list[dict[str, Any]]) -> None:
-    """Raises unless the host's forms hold no more HBM than the inner optimizer."""
+    """Raises unless forms on the host hold no more HBM than the inner optimizer."""
     by_form = {(row["slice"], row["form"]): row for row in rows}
     for (slice_name, name), row in by_form.items():
         if not name.endswith("on the host") or "Nesterov" in name:
@@ -227,7 +227,7 @@ PERIODS = 5, 30, 100
 
 
 def measure(layers: int, width: int, batch: int, seconds: float) -> list[Any]:
-    """Returns the rows of the device that this machine has: times, bytes, values."""
+    """Returns the rows measured on the GPU of this machine: times, bytes, values."""
     shapes = replicas.decoder(layers, width, 32768) | {
         "temperature": jax.ShapeDtypeStruct((), jnp.float32)
     }

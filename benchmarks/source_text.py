@@ -1,9 +1,9 @@
 """Text to train on without a download: the source code of installed packages.
 
 It takes the `*.py` files of the standard library and of the distributions whose
-metadata names a permissive licence and no other. Code of others in a package, in
+metadata names a permissive licence and no other. Third-party code in a package, in
 `_vendor` and similar folders, may have another licence and is left out. So are long
-files, which are mostly tables, and files that are the same as an earlier one.
+files, which are mostly tables, and files that are equal to an earlier one.
 """
 
 import hashlib
@@ -75,7 +75,7 @@ def installed() -> Iterator[tuple[str, list[pathlib.Path]]]:
 def read(
     packages: Iterable[tuple[str, list[pathlib.Path]]], most: int
 ) -> dict[str, bytes]:
-    """Returns the text of each package, of as many as have `most` bytes together."""
+    """Returns the text of each package, until these have `most` bytes together."""
     texts, seen, size = {}, set(), 0
     for name, paths in packages:
         parts = []
@@ -99,7 +99,7 @@ def read(
 def split(texts: dict[str, bytes]) -> Text:
     """Holds the smallest packages out, until they are a twentieth of the bytes.
 
-    No package is in both parts, and none is most of what is held out.
+    No package is in both parts, and none is most of the part that is held out.
     """
     if len(texts) < 2:
         raise ValueError(f"two packages or more are needed, got {list(texts)}.")

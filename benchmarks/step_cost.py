@@ -2,19 +2,19 @@
 
 Times the optimizer step alone (gradients given, parameters and state donated) for inner
 optimizers, for `optax_lookahead` around them, with and without a Nesterov outer step,
-for `optax.lookahead`, and for lookahead written down naively. The forms run one after
-the other, round after round, in one process, and the reported ratio is the median over
+for `optax.lookahead`, and for naive forms of lookahead. The forms run one after the
+other, round after round, in one process, and the reported ratio is the median over
 rounds of the time in that round over the inner optimizer's: noise of the machine that
 lasts longer than a round cancels.
 
-The table also has figures without noise: what the compiled step accesses, its
-temporaries and arguments, and what it writes over them, in units of the parameters'
-size N; and the floor, the bytes of all arrays that a step has to read or write, each
-once. It exits with 1 if a step is traced twice, if lookahead adds anything but 2 N to
-the floor, if it writes less in place than its inner optimizer, or if it adds
-temporaries to one that works leaf by leaf.
+The table also has figures without noise: the bytes that the compiled step accesses, its
+temporaries and arguments, and the results written over arguments, in units of the
+parameters' size N; and the floor, the bytes of all arrays that a step has to read or
+write, each once. The script exits with 1 if a step is traced twice, if lookahead adds
+anything but 2 N to the floor, if it writes less in place than its inner optimizer, or
+if it adds temporaries to an inner optimizer that works leaf by leaf.
 
-Everything at once would be thousands of programs, so these slices of it are measured:
+All combinations would be thousands of programs, so these slices of them are measured:
 
     inners   all inner optimizers                       20 x 500,000 float32, k = 5
     sizes    1,000 to 100,000,000 floats                adam, 20 leaves, k = 5
@@ -68,7 +68,7 @@ from timing import (
     side_by_side,
 )
 
-COPY = "copy"  # what the machine can do: reads all parameters once and writes them
+COPY = "copy"  # the speed of the machine: reads all parameters once and writes them
 SAME_DTYPE = [form for form in FORMS if form != WIDE]
 EVERY_K = 50  # a multiple of every k
 # Adafactor takes the norm of each leaf's update before it uses it.
@@ -212,7 +212,7 @@ def cells(row: Row, alone: Row) -> dict[str, Any]:
 
 
 def violations(rows: list[Row], alone: Row) -> list[str]:
-    """Returns what in one case is not as claimed, the clock aside."""
+    """Returns what in one case is not as claimed, except for times."""
     result = []
     for row in rows:
         case = row.case
@@ -229,7 +229,7 @@ def violations(rows: list[Row], alone: Row) -> list[str]:
             )
         extra = row.temporary - alone.temporary
         if case.inner in LEAFWISE and extra > 1000:
-            result.append(f"{case.label()}: {extra:,} bytes of temporaries more")
+            result.append(f"{case.label()}: {extra:,} more bytes of temporaries")
     return result
 
 

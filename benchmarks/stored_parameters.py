@@ -1,12 +1,12 @@
 """Question: which `inner_state` suits an inner optimizer that stores parameters?
 
 Each trains a small network on scikit-learn's digits, alone and inside lookahead with
-alpha = 0.5, at its own usual rates and with the same batches. The table has the mean
-training loss at the end, of the slow weights on all of the data, over five seeds; what
-did not train is near 2.3. L-BFGS takes whole-batch steps.
+alpha = 0.5, at its usual learning rate and with the same batches. The table has the
+mean training loss at the end, of the slow weights on all of the data, over five seeds;
+a network that did not learn is near 2.3. L-BFGS takes whole-batch steps.
 
     python benchmarks/stored_parameters.py
-    python benchmarks/stored_parameters.py --quick  # checks that all is finite
+    python benchmarks/stored_parameters.py --quick  # checks that losses are finite
 """
 
 import functools
@@ -84,7 +84,7 @@ def results_of(inner, updates: int, batch: int, seeds: int) -> dict[str, jax.Arr
         def run(k, seed):
             return train(wrap(inner, k), x, y, updates, batch, seed)
 
-        return jax.jit(jax.vmap(run, (None, 0)))  # one for all k, which is traced
+        return jax.jit(jax.vmap(run, (None, 0)))  # one program for all k
 
     results = {"alone": program(lambda inner, _: inner)(0, jnp.arange(seeds))}
     for inner_state in POLICIES:

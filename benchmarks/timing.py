@@ -1,4 +1,4 @@
-"""What the benchmarks share: counting what programs do, and timing them in turns."""
+"""Shared by the benchmarks: counting what programs do, and timing them in turns."""
 
 import argparse
 import functools
@@ -41,7 +41,7 @@ def nbytes(tree: Any) -> int:
 def kernels(text: str) -> int:
     """Returns how many instructions of a text of optimized HLO launch something.
 
-    Of a branch the longer side counts, of a loop one iteration.
+    A conditional counts as its longer branch, a loop as one iteration.
     """
     bodies: dict[str, list[tuple[str, str]]] = {}
     name = ""
@@ -88,7 +88,7 @@ class Program:
         self.compiled = lowered.compile()  # calls find it in the cache
         self.trace_seconds = traced - start
         self.compile_seconds = time.perf_counter() - traced
-        # What has to move: the carry is read and written, the inputs are read.
+        # The least traffic: the carry is read and written, the inputs are read.
         self.floor = 2 * nbytes(carry) + nbytes(inputs)
 
     @functools.cached_property
@@ -117,7 +117,7 @@ class Program:
 def side_by_side(
     programs: dict[str, Program], steps: int, seconds: float
 ) -> dict[str, list[float]]:
-    """Returns the times of a step of each program, one a round.
+    """Returns the times of a step of each program, one per round.
 
     In a round the programs run one after the other, each for a multiple of `steps`, so
     noise of the machine that lasts longer than a round is in all of them.
@@ -181,7 +181,7 @@ def progress(items: Sequence[Any], unit: str) -> Iterable[Any]:
 
 
 def write_rows(file: pathlib.Path | None, rows: list[dict[str, Any]]) -> None:
-    """Writes the rows of a table and where they are from, if a file is given."""
+    """Writes the rows of a table and the environment, if a file is given."""
     if file:
         text = {"environment": environment(), "rows": rows}
         file.write_text(json.dumps(text, indent=1, default=str) + "\n")
@@ -193,7 +193,7 @@ class Parser(argparse.ArgumentParser):
             "--json",
             type=pathlib.Path,
             metavar="FILE",
-            help="for the rows",
+            help="to write the rows to",
         )
 
     def error(self, message: str) -> NoReturn:

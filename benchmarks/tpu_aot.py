@@ -1,4 +1,4 @@
-"""Claim: on TPUs a lookahead step moves 2 N bytes more a chip, on 4 chips and on 256.
+"""Claim: on TPUs a lookahead step moves 2 N more bytes per chip, on 4 and 256 chips.
 
 N is the size of the parameters on a chip: the slow weights are read once and written
 once. Nothing else is added: no collective, no kernel, and no temporary where the inner
@@ -6,14 +6,15 @@ step has none.
 
 No TPU is needed. The optimizer step of a transformer (gradients given, parameters and
 state donated, every array sharded over all chips) is compiled ahead of time for TPU
-v5e slices, and the compiled program is counted. In one half of the runs the model
-grows with the slice, so that a chip always holds 0.97 GB of float32 parameters; in the
-other it stays at one billion parameters, so that on 256 chips a chip holds 15 MB.
+v5e slices, and what the compiled program does is counted. In one half of the runs the
+model grows with the slice, so that a chip always holds 0.97 GB of float32 parameters;
+in the other it stays at one billion parameters, so that on 256 chips a chip holds 15
+MB.
 
 `HBM bytes / N` counts what the program moves between a chip's memory and its core, from
-the text of the program. XLA's own `bytes accessed` stands beside it: it also counts
+the text of the program. The table also has XLA's own `bytes accessed`. That includes
 traffic of on-chip memory, through which the compiler stages some arrays, so it says
-little where a form is staged and its neighbour is not.
+little where one form is staged and another is not.
 
     python -m pip install -e ".[tpu-aot]"
     python benchmarks/tpu_aot.py            # two slices, two models
@@ -41,13 +42,13 @@ from timing import Parser, write_rows
 from optax_lookahead import lookahead, outer_loop
 
 SLICES = ("2x2", "16x16")
-# How many times as wide as on four chips, for a number of chips.
+# The width relative to that on four chips, for a number of chips.
 MODELS: dict[str, Callable[[int], int]] = {
     "grows": lambda chips: math.isqrt(chips // 4),
     "fixed": lambda _: 1,
 }
 LAYERS = 18
-NO_LIBTPU = 3  # exit status, unlike that of a defect
+NO_LIBTPU = 3  # exit status, different from that of a failure
 
 
 def float32_moments(inner: optax.GradientTransformation) -> Any:
@@ -86,7 +87,7 @@ FORMS: dict[str, Callable[[Any], Any]] = {
     ),
     UPSTREAM: lambda inner: optax.lookahead(inner, K, ALPHA),
 }
-# Measured around the inner optimizers that have what they act on.
+# Measured around the inner optimizers with moments, which these change.
 POLICIES: dict[str, Callable[[Any], Any]] = {
     f"{OURS}, {policy}": functools.partial(
         lookahead, k=K, alpha=ALPHA, inner_state=policy
@@ -112,9 +113,9 @@ ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\](?:\{([^}]*)\})?")
 COLLECTIVE = re.compile(
     r"(all-reduce|all-gather|reduce-scatter|all-to-all|collective-\w+)(-start)?"
 )
-# Other names for bytes that are there already.
+# These only rename existing bytes.
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast"}
-# What they move does not show where they stand.
+# The instruction does not show what these move.
 OPAQUE = {"while", "conditional", "call", "custom-call"}
 
 
@@ -167,8 +168,8 @@ def instructions(text: str) -> list[Instruction]:
 def hbm_bytes(entry: list[Instruction], *, branches: bool = True) -> int:
     """Returns the bytes that a program's entry reads from HBM and writes to it.
 
-    It can't tell where there are branches, or loops. Without `branches` what they hold
-    is not counted.
+    It raises an error if there are branches or loops. With `branches=False` their
+    contents are not counted.
     """
     arrays = {instruction.name: instruction.arrays for instruction in entry}
     total = 0
@@ -251,7 +252,7 @@ def chips(slice_name: str) -> int:
 
 
 def cell(values: Iterable[int | float]) -> str:
-    """Returns one number if it holds for every slice, or else all of them."""
+    """Returns one number if it is the same for every slice, or else all of them."""
     texts = [
         f"{value:.2f}" if isinstance(value, float) else str(value) for value in values
     ]
@@ -260,8 +261,8 @@ def cell(values: Iterable[int | float]) -> str:
 
 def load_libtpu() -> None:
     """Loads the compiler for TPUs, or ends the program with one line."""
-    # Without these it asks the network which TPU it is on, complains, and refuses to
-    # be loaded by two programs at once.
+    # Without these it queries the network for its TPU, prints warnings, and cannot be
+    # loaded by two programs at once.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
@@ -282,7 +283,7 @@ def check_claim(counts: dict[tuple[str, str, str, str], Counts]) -> None:
         if (form, inner) not in ADDED:
             continue
         added, where = ADDED[form, inner], f"{form}, {model}, {inner}, {slice_name}"
-        # Around temporaries the compiler decides a little otherwise each time.
+        # With temporaries, the compiler's decisions differ a little each time.
         slack = 0.03 if alone.temporary else 0.005
         if abs(ours.hbm - alone.hbm - added) > slack:
             raise AssertionError(f"{where}: {ours.hbm - alone.hbm:.3f} N, not {added}")
@@ -300,7 +301,7 @@ def main() -> None:
     parser.add_json()
     args = parser.parse_args()
     load_libtpu()
-    # Not above, so that without the extra there is that one line and no traceback.
+    # Imported here, so that without the extra there is one line and no traceback.
     from tqdm import tqdm
 
     models, slices, inners, layers = list(MODELS), SLICES, list(INNERS), LAYERS
@@ -329,7 +330,7 @@ def main() -> None:
         f"libtpu {importlib.metadata.version('libtpu')}, {layers} layers, "
         f"k = {K}, TPU v5e {', '.join(slices)}"
     )
-    print("Where the slices differ, their figures stand in this order.")
+    print("Where the slices differ, their figures are in this order.")
     print(
         "| model | inner | form | HBM bytes / N | bytes accessed / N | temporaries / N "
         "| collectives | fusions |"

@@ -7,10 +7,9 @@ the larger one that its docstring names; and for 20 dense layers, in which littl
 computed with each parameter. The claim is about steps longer than 5 ms.
 
 The forms take their steps in turns in one process. `inner alone, again` is the inner
-optimizer a second time: by as much as its ratio differs from 1, others can differ by
-chance. The table also has the time to trace and compile, and the temporaries of the
-compiled program minus those of the inner optimizer's, in units of the parameters' size
-N.
+optimizer measured a second time: other ratios can differ from 1 by as much by chance.
+The table also has the time to trace and compile, and the temporaries of the compiled
+program minus those of the inner optimizer's, in units of the parameters' size N.
 
     python benchmarks/training_step.py
     python benchmarks/training_step.py --quick    # small models; checks temporaries
@@ -174,7 +173,7 @@ def three_decimals(ratio: Ratio) -> str:
 def measure(
     task: Task, inner: str, names: dict[str, str], seconds: float, compilations: int
 ) -> list[dict[str, Any]]:
-    """Returns a row for each form, with the seconds given to timing all of them."""
+    """Returns a row for each form; `seconds` is the time to measure all of them."""
     forms = {
         name: Form(form, ALL[form](INNERS[inner], K)) for name, form in names.items()
     }
@@ -191,7 +190,7 @@ def measure(
     times = side_by_side(programs, 1, seconds)
     for name, program in programs.items():
         if not np.isfinite(program.carry[-1]):
-            raise AssertionError(f"{name} diverged, so its times say little.")
+            raise AssertionError(f"{name} diverged, so its times are meaningless.")
     unit = sum(p.nbytes for p in jax.tree.leaves(task.params))
     extra = {
         name: program.counts.temporary - programs[ALONE].counts.temporary

@@ -1,20 +1,20 @@
 """Does an alpha that is chosen at every sync do better than a fixed one?
 
 `adaptive_alpha` is an outer optimizer for `outer_loop`. At each sync it takes the alpha
-in [0.2, 1] at which a quadratic model of the loss with a diagonal curvature A is least,
+in [0.2, 1] that minimizes a quadratic model of the loss, with a diagonal curvature A,
 on the line from the slow to the fast weights: Proposition 1 of the Lookahead paper.
 
 The script trains the CNN of `digits.py`, from the same folder, with Adam: alone,
 in `lookahead` with a fixed alpha, and with a chosen one. A is nu, Adam's average of the
 squared gradients (the diagonal of the empirical Fisher matrix), or sqrt(nu), or
 sqrt(nu) / rate, with which Adam's step is a Newton step. The gradient at the end of a
-cycle is modelled from the last one, or computed there on a fresh batch. The choice is
-mostly one of its bounds. So the controls are alpha fixed at the lower bound, and one
-bound or the other at random. All have the same batches and initial weights.
+cycle is modelled from the last one, or computed there on a fresh batch. The chosen
+alpha is mostly one of its bounds. So the controls are alpha fixed at the lower bound,
+and one of the two bounds at random. All have the same batches and initial weights.
 
-It prints, for each rate and form, the loss on the training images and the test accuracy
-after the last sync, and of all chosen alphas the mean and how many were at a bound. On
-one CPU core that takes 1 min 15 s, with `--quick` half a minute:
+It prints, for each rate and variant, the loss on the training images and the test
+accuracy after the last sync, the mean of the chosen alphas, and how many of them were
+at a bound. On one CPU core that takes 1 min 15 s, with `--quick` half a minute:
 
     python examples/adaptive_alpha.py
     python examples/adaptive_alpha.py --quick    # two rates, one seed, fewer updates
@@ -54,7 +54,7 @@ def adaptive_alpha(curvature, min_alpha=MIN_ALPHA, max_alpha=MAX_ALPHA):
         phi    += alpha* d
 
     The sums are over all parameters, which must be real and finite. Where the model has
-    no minimum, as d.A d <= 0, alpha is `max_alpha`.
+    no minimum, since d.A d <= 0, alpha is `max_alpha`.
 
     Args:
       curvature: A function from the inner optimizer's state to the diagonal of A, a
@@ -63,9 +63,9 @@ def adaptive_alpha(curvature, min_alpha=MIN_ALPHA, max_alpha=MAX_ALPHA):
       max_alpha: Largest step size.
 
     Returns:
-      An optimizer for `outer_loop(inner, outer, k)`. By default the model also gives g,
-      from the last inner step, as grads + A * updates. With `outer_args={"grad_fn":
-      grad_fn}` as argument of `update`, g is computed: one more gradient at each sync.
+      An optimizer for `outer_loop(inner, outer, k)`. By default g too is modelled, as
+      grads + A * updates of the last inner step. With `outer_args={"grad_fn": grad_fn}`
+      as an argument of `update`, g is computed: one more gradient at each sync.
     """
 
     def init(params):
@@ -82,12 +82,12 @@ def adaptive_alpha(curvature, min_alpha=MIN_ALPHA, max_alpha=MAX_ALPHA):
             moved = optax.tree.mul(diagonal, inner_step.updates)
             grads = optax.tree.add(inner_step.grads, moved)
         else:
-            # On other steps the result is dropped, but would cost a gradient.
+            # Not on other steps, where the result would be dropped.
             theta = optax.tree.add(params, d)
             grads = jax.lax.cond(inner_step.sync, grad_fn, optax.tree.zeros_like, theta)
         slope = optax.tree.vdot(grads, d)
         curve = optax.tree.vdot(d, optax.tree.mul(diagonal, d))
-        # Divides only where it is defined, for `jax_debug_nans` and derivatives.
+        # No division by zero, for `jax_debug_nans` and derivatives.
         least = 1 - slope / jnp.where(curve > 0, curve, 1)
         least = jnp.clip(least, min_alpha, max_alpha)
         alpha = jnp.where(curve > 0, least, max_alpha)
@@ -156,7 +156,7 @@ def train_step(form, k, params, state, rate, batch, fresh):
 
 def train(form: Form, data, rate: float, seed: int, args, bar):
     """Returns the training loss, the test accuracy in %, and the chosen alphas."""
-    # A loop, and not `scan`: inside one, XLA's CPU backend convolves slower.
+    # Not `scan`, in which XLA's CPU backend runs convolutions more slowly.
     params = CNN().init(jax.random.key(seed), data.train_x[:1])
     state = transformation(form, rate, args.k).init(params)
     rng, alphas = np.random.default_rng(seed), []
@@ -167,7 +167,7 @@ def train(form: Form, data, rate: float, seed: int, args, bar):
         if form.curvature is not None and i % args.k == 0:
             alphas.append(float(state.outer_state.alpha))
         if i == 1:
-            bar.unpause()  # the time to compile says nothing about the other steps
+            bar.unpause()  # leaves the time to compile out of the estimate
         bar.update()
     loss = loss_fn(params, data.train_x, data.train_y)
     return loss, 100 * accuracy(params, data.test_x, data.test_y), alphas
@@ -202,12 +202,12 @@ def train_all(args: argparse.Namespace) -> list[dict[str, str]]:
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="half a minute")
+    parser.add_argument("--quick", action="store_true", help="a smaller comparison")
     parser.add_argument("--k", type=int, default=5, help="updates in a cycle")
     parser.add_argument("--steps", type=int, default=600, help="updates in a run")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each setting")
     parser.add_argument("--rates", type=float, nargs="+", default=RATES)
-    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="of rows")
+    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="rows")
     args = parser.parse_args(argv)
     if args.quick:
         args.steps, args.seeds, args.rates = 20 * args.k, 1, [0.003, 0.03]

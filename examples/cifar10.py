@@ -8,19 +8,19 @@ times 0.2 after 60, 120 and 160 of them, images padded by 4, cropped and flipped
     adam       AdamW, rate 3e-4, weight decay 1 (times the rate)
     lookahead  k = 5, alpha = 0.8 around that SGD at rate 0.1
 
-Published, final test accuracy in %:
+Published final test accuracies in %:
 
                   sgd            adam           lookahead
     CIFAR-10      95.23 ± 0.19   94.84 ± 0.16   95.27 ± 0.06
     CIFAR-100     78.24 ± 0.18   76.88 ± 0.39   78.34 ± 0.05
 
-Lookahead's means are within a standard deviation of SGD's. The spread is smaller, which
+Lookahead's means are within a standard deviation of SGD's. Its spread is smaller, which
 a single seed cannot show.
 
-This has not been run on CIFAR yet, only narrow networks on small archives in the same
-format, such as one of scikit-learn's digits. A run at full size is 2.9e16
-floating-point operations (as XLA counts them), so use an accelerator. The data are
-the python versions at https://www.cs.toronto.edu/~kriz/cifar.html, as downloaded:
+This script has not been run on CIFAR yet, only with narrow networks on small archives
+in the same format, such as one of scikit-learn's digits. A run at full size takes
+2.9e16 floating-point operations (as XLA counts them), so use an accelerator. The data
+are the python versions at https://www.cs.toronto.edu/~kriz/cifar.html, as downloaded:
 
     python examples/cifar10.py --data cifar-10-python.tar.gz
     python examples/cifar10.py --data cifar-100-python.tar.gz --seed 1 \
@@ -33,9 +33,9 @@ network computes in bfloat16, with weights, statistics and optimizer in float32.
 
 BatchNorm's running statistics lag behind the weights, and in lookahead they belong to
 the fast weights. So each evaluation first measures statistics on training images, with
-the weights that are evaluated; for SGD and Adam too. The table at the end also has
+the weights that are evaluated; also for SGD and Adam. The table at the end also has
 accuracies with the running statistics, which PyTorch code uses: the optimizer that the
-authors published swaps the weights alone.
+authors published swaps only the weights.
 """
 
 import argparse
@@ -76,8 +76,8 @@ MEASURED = 50  # batches, for the BatchNorm statistics of an evaluation
 
 
 class Data(NamedTuple):
-    # Images as in the archive, uint8 [n, 3072], a plane of 32 x 32 for each colour: as
-    # [n, 32, 32, 3] a TPU would copy all of them to take a batch.
+    # Images as in the archive, uint8 [n, 3072], a plane of 32 x 32 for each colour. If
+    # they were [n, 32, 32, 3], a TPU would copy all of them to take a batch.
     train_x: np.ndarray
     train_y: np.ndarray
     test_x: np.ndarray
@@ -93,7 +93,7 @@ class ArrayUnpickler(pickle.Unpickler):
         allowed = {
             ("numpy", "ndarray"),
             ("numpy", "dtype"),
-            ("numpy.core.multiarray", "_reconstruct"),  # NumPy 1, so the real archives
+            ("numpy.core.multiarray", "_reconstruct"),  # NumPy 1: real archives
             ("numpy._core.multiarray", "_reconstruct"),
         }
         if (module, name) not in allowed:
@@ -102,7 +102,7 @@ class ArrayUnpickler(pickle.Unpickler):
 
 
 def read_archive(path: pathlib.Path) -> Data:
-    """Reads CIFAR-10 or CIFAR-100, or raises a ValueError of one line."""
+    """Reads CIFAR-10 or CIFAR-100; raises a ValueError with a message of one line."""
     wanted = {name for names in (*TRAIN.values(), *TEST.values()) for name in names}
     members = {}
     try:
@@ -140,7 +140,7 @@ def read_batch(content: bytes, classes: int, name: str):
         # Python 2 wrote them, so their strings are bytes.
         batch = ArrayUnpickler(io.BytesIO(content), encoding="bytes").load()
         x, y = np.asarray(batch[b"data"]), np.asarray(batch[LABELS[classes]])
-    except Exception as error:  # a damaged pickle can raise any
+    except Exception as error:  # a damaged pickle can raise any exception
         problem = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(f"{name} is not a batch of images ({problem}).") from None
     if x.dtype != np.uint8 or x.shape[1:] != (3072,):
@@ -167,11 +167,12 @@ class Block(nn.Module):
 
 
 class ResNet18(nn.Module):
-    """The Cutout repository's, with PyTorch's defaults where they matter.
+    """The ResNet-18 of the Cutout repository, with PyTorch's defaults that matter.
 
-    Its weights start with a third of the variance that Flax would give them. BatchNorm
-    makes that irrelevant to what the network computes, but not to the size of a step
-    relative to the weights. (Only the biases of the last layer start at zero here.)
+    Its weights start with a third of the variance that Flax would give them. Due to
+    BatchNorm this does not change what the network computes, but it does change the
+    size of a step relative to the weights. (Unlike in PyTorch, the biases of the last
+    layer start at zero.)
     """
 
     classes: int
@@ -214,14 +215,14 @@ def create_state(model: nn.Module, tx: optax.GradientTransformation, key) -> Sta
 
 
 def make_optimizer(name: str, updates: int) -> optax.GradientTransformation:
-    """Returns the paper's setting for a training of so many updates."""
+    """Returns the paper's setting for a training run of this many updates."""
 
     def rate(start: float) -> optax.Schedule:
         drops = {updates * tenths // 10: 0.2 for tenths in (3, 6, 8)}
         return optax.piecewise_constant_schedule(start, drops)
 
     def sgd(start: float) -> optax.GradientTransformation:
-        # As in PyTorch: all parameters decay, and through the momentum.
+        # As in PyTorch: all parameters decay, and the decay is part of the momentum.
         return optax.chain(
             optax.add_decayed_weights(1e-3), optax.sgd(rate(start), momentum=0.9)
         )
@@ -234,7 +235,7 @@ def make_optimizer(name: str, updates: int) -> optax.GradientTransformation:
 
 
 def augment(images, key):
-    """Pads by four black pixels, crops at random, and flips every other image."""
+    """Pads by four black pixels, crops at random, and flips half of the images."""
     crop_key, flip_key = jax.random.split(key)
     padded = jnp.pad(images, ((0, 0), (4, 4), (4, 4), (0, 0)))
     corners = jax.random.randint(crop_key, (len(images), 2), 0, 9)
@@ -254,7 +255,7 @@ def shuffled(images: int, batch: int, *seed: int) -> np.ndarray:
 
 
 def mean_and_std(x: np.ndarray) -> list[np.ndarray]:
-    """Returns mean and deviation of each channel, to broadcast over images."""
+    """Returns mean and standard deviation of each channel, to broadcast over images."""
     planes = np.split(x, 3, axis=1)
     return [
         np.float32([stat(plane) for plane in planes]).reshape(1, 1, 1, 3)
@@ -263,7 +264,7 @@ def mean_and_std(x: np.ndarray) -> list[np.ndarray]:
 
 
 class Programs(NamedTuple):
-    """What runs on the devices. Each takes `x`, all images, and `rows`, the batch's."""
+    """Programs of the devices; `x` are all images, `rows` the indices of a batch."""
 
     update: Callable  # (state, x, y, rows, key) to the state and the loss
     measure: Callable  # (params, x, rows, key) to this batch's BatchNorm statistics
@@ -271,7 +272,7 @@ class Programs(NamedTuple):
 
 
 def make_programs(model, mesh: Mesh, mean, std) -> Programs:
-    """Returns the programs for a mesh of the one axis "data"."""
+    """Returns the programs for a mesh with the one axis "data"."""
     split = NamedSharding(mesh, PartitionSpec("data"))
     whole = NamedSharding(mesh, PartitionSpec())
 
@@ -314,7 +315,7 @@ def make_programs(model, mesh: Mesh, mean, std) -> Programs:
 
 
 def wait_on_cpu(results):
-    """Waits for results on CPUs: with a queue, their virtual devices can deadlock."""
+    """Waits for results on CPUs, whose virtual devices can deadlock with a queue."""
     cpu = jax.default_backend() == "cpu"
     return jax.block_until_ready(results) if cpu else results
 
@@ -346,11 +347,11 @@ def weights(state: State, name: str) -> dict[str, Any]:
 
 class Run(NamedTuple):
     history: np.ndarray  # by epoch: training loss, and test accuracy in %
-    final: dict[str, float]  # test accuracy in %, by the weights and statistics
+    final: dict[str, float]  # test accuracy in %, by weights and statistics
 
 
 def open_checkpoints(name: str, data: Data, args) -> ocp.CheckpointManager:
-    # All that a run depends on is in the name of its folder, so no two runs mix.
+    # The name of the folder has all that a run depends on, so runs are not mixed up.
     settings = (args.epochs, args.batch, args.seed, args.width, args.precision)
     folder = args.checkpoint / "-".join(map(str, (name, *settings, data.md5[:8])))
     options = ocp.CheckpointManagerOptions(

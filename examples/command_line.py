@@ -1,4 +1,4 @@
-"""What the examples share: the parser of options, its checks, words and colours."""
+"""What the examples share: the option parser, its checks, `describe` and colours."""
 
 import argparse
 import pathlib
@@ -9,10 +9,10 @@ BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that answers a mistake with one line."""
+    """A parser that reports a wrong option in one line."""
 
     def error(self, message: str) -> NoReturn:
-        # Without argparse's usage before it.
+        # Without argparse's usage message before it.
         self.exit(2, f"{self.prog}: error: {message}\n")
 
     def check_counts(self, args: argparse.Namespace, *names: str) -> None:

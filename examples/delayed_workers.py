@@ -1,11 +1,11 @@
-"""How much loss does a delay of the workers' mean by some steps cost?
+"""How much does the loss grow if the mean of the workers is some steps late?
 
-The model, the text, the batches and the averaging of every 20 updates are those of
+The model, the text, the batches and the cycles of 20 updates are those of
 `many_workers.py`, which must be in the same folder: four replicas, AdamW, and after
-each cycle the mean of the weights or a Nesterov step. Here the mean is of weights 1 or
-10 updates before the sync, by `delayed_outer_loop`; `mix` is the weight of the local
-weights in the sync. All have the same tokens; a seed has the same initial weights and
-batches in all of them. The script prints the held-out losses of the global copy.
+each cycle the mean of the weights or a Nesterov step. Here `delayed_outer_loop` takes
+the mean of the weights 1 or 10 updates before the sync; `mix` is the weight of the
+local weights in the sync. All have the same tokens; a seed has the same initial weights
+and batches in all of them. The script prints the held-out losses of the global copy.
 
     python examples/delayed_workers.py
 """
@@ -39,13 +39,13 @@ OUTERS = {
     "averaging": optax.sgd(1.0),
     "Nesterov": optax.sgd(0.7, momentum=0.9, nesterov=True),
 }
-DELAYS = (0, 0.0), (1, 0.0), (1, 0.5), (K // 2, 0.0), (K // 2, 0.5)  # and mixes
+DELAYS = (0, 0.0), (1, 0.0), (1, 0.5), (K // 2, 0.0), (K // 2, 0.5)  # with mix
 
 
 def make_run(
     outer: Any, delay: int, graphdef: nnx.GraphDef, args: argparse.Namespace
 ) -> Any:
-    """Returns a run that gives the held-out loss at its end."""
+    """Returns a function that trains once and returns the held-out loss at the end."""
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, args.rate, warm_up_updates(args), args.steps
     )
@@ -78,7 +78,7 @@ def make_run(
 
 
 def train_all(args: argparse.Namespace) -> dict[tuple[str, int, float], np.ndarray]:
-    """Returns the loss of each seed."""
+    """Returns the losses of all seeds, by outer optimizer, delay and mix."""
     text = load_text()
     held_out = held_out_windows(text, args.context)
     models, batches = [], []
@@ -115,7 +115,7 @@ def print_table(results: dict[Any, np.ndarray], args: argparse.Namespace) -> Non
         f"\n{args.steps} updates of {REPLICAS} x {args.batch} x {args.context} bytes, "
         f"AdamW at {args.rate:g}, k = {K}.\nHeld-out loss of the global copy in "
         "nats per byte after the last update, mean ± standard deviation\nover "
-        f"{args.seeds} seeds, and its difference to that without delay, seed by seed.\n"
+        f"{args.seeds} seeds, and the difference from no delay, seed by seed.\n"
     )
     for (name, delay, mix), losses in results.items():
         pairs = losses - results[name, 0, 0.0]
@@ -131,7 +131,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=320, help="updates in a run")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each setting")
-    parser.add_argument("--rate", type=float, default=0.01, help="of AdamW, at its top")
+    parser.add_argument("--rate", type=float, default=0.01, help="peak, of AdamW")
     parser.add_argument("--width", type=int, default=64, help="of the transformer")
     parser.add_argument("--depth", type=int, default=2, help="transformer blocks")
     parser.add_argument("--context", type=int, default=32, help="bytes in a window")

@@ -1,10 +1,11 @@
 """Train a Flax CNN on handwritten digits, with and without lookahead.
 
 The same `TrainState` loop runs SGD with momentum and Adam, each alone and inside
-`lookahead`, each at a suitable and at a too large learning rate, over several
-seeds, on the 1,797 real 8x8 images that come with scikit-learn. The control for the too
-large rate is the optimizer alone at alpha times that rate, since lookahead's steps are
-shorter by about alpha. It prints a table of all and draws the losses of SGD.
+`lookahead`, each at a suitable learning rate and at one that is too large, over several
+seeds, on the 1,797 real 8x8 images that come with scikit-learn. The control for the
+rate that is too large is the optimizer alone at alpha times that rate, since
+lookahead's steps are shorter by about alpha. It prints a table of all runs and draws
+the losses of SGD.
 
     python examples/digits.py
     python examples/digits.py --steps 300 --seeds 2 --k 10 --alpha 0.8 --out here.png
@@ -38,7 +39,7 @@ INNERS = {
 
 
 class Digits(NamedTuple):
-    """Images, shape `[n, 8, 8, 1]` in [0, 1], and labels of both parts of the data."""
+    """Training and test images, shape `[n, 8, 8, 1]` in [0, 1], and their labels."""
 
     train_x: np.ndarray
     train_y: np.ndarray
@@ -47,7 +48,7 @@ class Digits(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What one run measured, of the fast and, in lookahead, of the slow weights."""
+    """Results of one run, for the fast and, in lookahead, also the slow weights."""
 
     losses: np.ndarray  # of the batch, before each update
     train_loss: np.ndarray  # mean of the last cycles, [1 or 2]
@@ -113,7 +114,7 @@ def train(tx, data: Digits, seed: int, steps: int, k: int, bar, weights) -> Run:
             accuracies.append([accuracy(params, *test) for params in trees])
             train_losses.append([loss_fn(params, *whole) for params in trees])
         if step == 1:
-            bar.unpause()  # the time to compile says nothing about the other steps
+            bar.unpause()  # leaves the time to compile out of the estimate
         bar.update()
     return Run(
         np.array(losses),
@@ -164,7 +165,7 @@ def print_table(runs, args: argparse.Namespace) -> None:
     print(
         f"\n{args.steps} updates of {BATCH} images, k = {args.k}, alpha = "
         f"{args.alpha:g}: mean ± standard deviation over {args.seeds} seeds.\n"
-        f"Each seed counts with its mean over the last {CYCLES} cycles, one update "
+        f"Each seed contributes its mean over the last {CYCLES} cycles, one update "
         "before the sync,\nwhere fast and slow weights differ most.\n"
     )
     row = "{:<6}{:<20}{:<10}{:>17}{:>17}{:>14}{:>14}"
@@ -190,7 +191,7 @@ def print_table(runs, args: argparse.Namespace) -> None:
 
 
 def draw(runs, args: argparse.Namespace) -> None:
-    # Few words in large type, to be legible on a phone.
+    # Few words in a large font, so that it is legible on a phone.
     with rc_context({"font.size": 15, "lines.linewidth": 2.5}):
         figure = Figure(figsize=(6.4, 5.4), layout="constrained")
         axes = figure.subplots()
@@ -220,7 +221,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=5, help="runs of each setting")
     parser.add_argument("--k", type=int, default=5, help="updates in a cycle")
     parser.add_argument("--alpha", type=float, default=0.5, help="slow step size")
-    parser.add_argument("--out", type=pathlib.Path, default="digits.png", help="a PNG")
+    parser.add_argument("--out", type=pathlib.Path, default="digits.png", help="PNG")
     args = parser.parse_args(argv)
     parser.check_counts(args, "seeds")
     try:

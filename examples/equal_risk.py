@@ -15,7 +15,7 @@ from quadratic_runs import LIMIT, METHODS, THREADS, make_run
 STEPS, K = 1000, 5
 ALPHAS = np.linspace(0.01, 1, 100)  # the last one is SGD
 RISKS = np.geomspace(0.05, 8, 60)  # steady-state, above the optimum
-TIE = 1e-6  # losses that differ by less are equal
+TIE = 1e-6  # losses whose relative difference is less count as equal
 SPECTRA = {
     "100 curvatures from 0.01 to 1": np.geomspace(0.01, 1, 100),
     "100 coordinates of curvature 0.1": np.full(100, 0.1),
@@ -23,7 +23,7 @@ SPECTRA = {
 
 
 def sigma_of(curvature):
-    return curvature**-0.5  # of the same loss in every coordinate
+    return curvature**-0.5  # gives every coordinate the same loss
 
 
 def start_of(curvature):
@@ -62,7 +62,7 @@ def loss_after(rate, alpha, curvature):
 
 
 class Points(NamedTuple):
-    """SGD and Lookahead (at alpha = 0.5, and at its best) with the same risk."""
+    """SGD and Lookahead (at alpha = 0.5, and at its best alpha) with the same risk."""
 
     risks: np.ndarray  # [points]
     rates: np.ndarray  # [points, 3]
@@ -74,19 +74,19 @@ class Points(NamedTuple):
 
 
 def run_points(curvature, args: argparse.Namespace, bar) -> Points:
-    # Two of seven are 0.0716 and 0.313.
+    # With seven points, two of them are 0.0716 and 0.313.
     risks = np.geomspace(0.0716, 0.0716 * (0.313 / 0.0716) ** 3, args.points)
     rates = rate_of_risk(risks[:, None], ALPHAS, curvature)
     losses = loss_after(rates, ALPHAS, curvature)
     sgd, half = losses[:, -1:], np.abs(ALPHAS - 0.5).argmin()
     better = np.sum(losses < sgd * (1 - TIE), axis=1)
-    # Of equals the largest alpha: the last of those within rounding of the best.
+    # If several are as good as the best up to rounding, the largest alpha.
     among_best = losses <= np.nanmin(losses, axis=1, keepdims=True) * (1 + TIE)
     best = len(ALPHAS) - 1 - among_best[:, ::-1].argmax(axis=1)
     pick = np.stack([0 * best + len(ALPHAS) - 1, 0 * best + half, best], axis=1)
     rates, losses = (np.take_along_axis(x, pick, axis=1) for x in (rates, losses))
     alphas = ALPHAS[pick]
-    chains = max(args.chains // 20, 2)  # as each of them has 100 coordinates
+    chains = max(args.chains // 20, 2)  # fewer, since each has 100 coordinates
     run = make_run(METHODS["Lookahead"].make, chains, STEPS)
     n = len(curvature)
     first = {"curvature": curvature, "sigma": sigma_of(curvature)}
@@ -101,7 +101,7 @@ def run_points(curvature, args: argparse.Namespace, bar) -> Points:
         bar.update(n)
         mean, variance = moments[:, -1].T
         squares = mean**2 + variance * (chains - 1) / chains
-        # Of the square of a normal variable, 2 V^2 + 4 m^2 V, summed over coordinates.
+        # The square of a normal variable has the variance 2 V^2 + 4 m^2 V.
         error = curvature**2 / 4 * (2 * variance**2 + 4 * mean**2 * variance) / chains
         return np.sum(curvature * squares) / 2, np.sqrt(np.sum(error))
 
@@ -116,8 +116,8 @@ def print_points(spectra: dict[str, Points]) -> bool:
     print(
         f"Figure 3: expected loss (above the optimum) after {STEPS} steps at the same "
         "steady-state\nloss: SGD, Lookahead (k = 5) at alpha = 0.5 and at the best of "
-        "100 alphas up to 1; theory,\nand the difference of the run in SE; how many of "
-        "the 99 alphas below 1 beat SGD."
+        "100 alphas up to 1; in theory,\nand how far the run is from it in SE. Better: "
+        "how many of the 99 alphas below 1 beat SGD."
     )
     agree = True
     for name, points in spectra.items():
@@ -141,7 +141,7 @@ def draw_points(axes, name: str, curvature, points: Points):
     losses = loss_after(rates, ALPHAS[:, None], curvature)
     colours = ScalarMappable(Normalize(0, 1), "cividis")
     lines = [np.column_stack([RISKS, line]) for line in losses[:-1]]
-    # As one artist, since a layout is slow with many.
+    # As one artist, since computing the layout is slow with many.
     axes.add_collection(
         LineCollection(lines, colors=colours.to_rgba(ALPHAS[:-1]), linewidths=0.8)
     )

@@ -1,7 +1,7 @@
-"""Train many runs of a small network in one program, and sum them up over seeds.
+"""Train many runs of a small network in one program, and summarize them over seeds.
 
 For `robustness.py`. A run is an ordinary Optax loop in `jax.lax.scan`, and `jax.vmap`
-runs all settings of a method at once. With one seed all settings of all methods have
+runs all settings of a method at once. For each seed all settings of all methods have
 the same initial weights and the same batches.
 """
 
@@ -25,11 +25,11 @@ from optax_lookahead import slow_params
 
 HIDDEN = (64, 64)
 BATCH = 32
-THREADS = 2  # programs at a time, since one keeps little more than one core busy
+THREADS = 2  # programs at a time, since one uses little more than one core
 
 
 class Data(NamedTuple):
-    """Features, shape `[n, features]`, and labels of both parts of a data set."""
+    """Training and test data: features, shape `[n, features]`, and labels."""
 
     train_x: np.ndarray
     train_y: np.ndarray
@@ -79,7 +79,7 @@ LOADERS = {"digits": load_digits, "breast_cancer": load_cancer}
 
 
 def init(seed: int, data: Data):
-    """Returns the first weights and biases of a dense network."""
+    """Returns the initial weights and biases of a dense network."""
     sizes = data.train_x.shape[1], *HIDDEN, data.train_y.max() + 1
     keys = jax.random.split(jax.random.key(seed), len(sizes) - 1)
     he = jax.nn.initializers.he_normal()
@@ -105,7 +105,7 @@ def loss_fn(params, x, y):
 def evaluate(params, data: Data) -> Measured:
     loss = loss_fn(params, data.train_x, data.train_y)
     hits = apply(params, data.test_x).argmax(-1) == data.test_y
-    # Where all logits are NaN, argmax says class 0, which is often right.
+    # Where all logits are NaN, argmax returns class 0, which is often right.
     return Measured(loss, jnp.where(jnp.isfinite(loss), 100 * hits.mean(), jnp.nan))
 
 
@@ -115,7 +115,7 @@ def make_batches(seed: int, data: Data, steps: int) -> np.ndarray:
 
 
 def run(method: Method, every: int, last: int, setting, params, batches, data: Data):
-    """Trains once; evaluates the last updates, after every so many of them."""
+    """Trains once; evaluates after every `every` of the `last` updates at the end."""
     tx = method.make(**setting)
 
     def train_step(params_and_state, batch):
@@ -151,7 +151,7 @@ def train_all(
     Args:
       methods: Methods by name.
       data_sets: Data sets by name.
-      seeds: Each has its own first weights and batches.
+      seeds: Each has its own initial weights and batches.
       steps: Updates in a run.
       every: Updates from one evaluation to the next; None means the last one only.
       last: Updates at the end of a run that are evaluated; None means all.
@@ -170,7 +170,7 @@ def train_all(
         settings = {key: np.ravel(value) for key, value in method.settings.items()}
         return settings, init(seed, data), make_batches(seed, data, steps), data
 
-    # Before the threads start, or each of them would compile it.
+    # Before the threads start, since otherwise each of them would compile.
     programs = {}
     for data_name, name in tqdm(pairs, "compiling", leave=False):
         one = functools.partial(run, methods[name], every or last, last)
@@ -208,9 +208,9 @@ def grid(**axes) -> dict[str, np.ndarray]:
 
 
 def final(measured: Measured) -> Measured:
-    """Returns what the last evaluation gave, shape `[*settings, seeds]`.
+    """Returns the results of the last evaluation, shape `[*settings, seeds]`.
 
-    A run that diverged is worse than any other: its loss is inf, its accuracy -inf.
+    A run that diverged counts as the worst: its loss is inf, its accuracy -inf.
     """
     loss, accuracy = (x[..., -1, -1] for x in measured)
     diverged = ~np.isfinite(loss)
@@ -246,5 +246,5 @@ def share(trained: np.ndarray) -> np.ndarray:
 
 
 def best_of(losses: np.ndarray) -> int:
-    """Returns which setting has the least mean, of `[settings, seeds]`."""
+    """Returns the index of the setting with the lowest mean, of `[settings, seeds]`."""
     return int(losses.mean(axis=-1).argmin())

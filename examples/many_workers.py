@@ -48,7 +48,7 @@ from tqdm import tqdm
 
 from optax_lookahead import average_replicas, outer_loop, replica_axes, slow_params
 
-REPLICAS, DEVICES = 4, 2  # and devices of each
+REPLICAS, DEVICES = 4, 2  # devices of each replica
 EVERY = 40  # updates, between evaluations
 INNERS = {"adamw": optax.adamw, "muon": optax.contrib.muon}
 
@@ -82,7 +82,7 @@ class Result(NamedTuple):
     sent: Messages
 
     def best_rate(self) -> int:
-        # A run that diverged is the worst.
+        # A run that diverged counts as the worst.
         return int(np.nan_to_num(self.losses[..., -1].mean(-1), nan=np.inf).argmin())
 
     def bytes_per_update(self, method: Method) -> float:
@@ -100,7 +100,7 @@ def make_train_step(method: Method, tx: Any, graphdef: nnx.GraphDef, weights: An
         return optax.apply_updates(weights, updates), state
 
     state = jax.eval_shape(tx.init, weights)
-    # Without a lookahead all of it is each replica's own.
+    # Without a lookahead each replica has its own values of all arrays.
     axes = replica_axes(state) if method.k else jax.tree.map(lambda _: 0, state)
     in_axes, out_axes = (0, axes, 0), (0, axes)
     names = {"axis_name": "replica", "spmd_axis_name": "replica"}
@@ -108,7 +108,7 @@ def make_train_step(method: Method, tx: Any, graphdef: nnx.GraphDef, weights: An
 
 
 def make_run(method: Method, graphdef: nnx.GraphDef, mesh, args: argparse.Namespace):
-    """Returns a run, and a function for one update of it, with k and rate as arrays."""
+    """Returns functions for a run and for one update; k and rate are arrays."""
     steps = args.steps
     shape = optax.warmup_cosine_decay_schedule(0.0, 1.0, warm_up_updates(args), steps)
 
@@ -206,7 +206,7 @@ def print_table(results: dict[str, Result], args: argparse.Namespace) -> None:
         f"optimizer: {args.inner}.\nHeld-out loss in nats per byte after the last "
         "update, by learning rate: mean ± standard deviation\n"
         f"over {args.seeds} seeds; * marks the best. Bytes: what a device sends across "
-        "replicas, an update.\n"
+        "replicas per update.\n"
     )
     head = "{:<18}" + "{:>15}  " * len(args.rates) + "{:>12}"
     print(head.format("", *(f"{rate:g}" for rate in args.rates), "bytes"))
@@ -220,7 +220,7 @@ def print_table(results: dict[str, Result], args: argparse.Namespace) -> None:
     reference = results["data-parallel"]
     alone = reference.losses[reference.best_rate(), :, -1]
     for name, result in list(results.items())[1:]:
-        # Paired: a seed has the same first weights and the same batches.
+        # Paired: a seed has the same initial weights and batches.
         pairs = result.losses[result.best_rate(), :, -1] - alone
         each = ", ".join(f"{pair:+.3f}" for pair in pairs)
         print(f"{name:<18}{pairs.mean():+.3f} ± {pairs.std():.3f}  ({each})")

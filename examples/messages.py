@@ -1,4 +1,4 @@
-"""What the replicas of a compiled training step send each other, read from its text."""
+"""Counts the bytes that replicas exchange, in the text of a compiled training step."""
 
 import math
 import re
@@ -22,7 +22,7 @@ BRANCHES = re.compile(
     r"branch_computations=\{([^}]*)\}|(?:true|false)_computation=([^,\s]+)"
 )
 CALLS = re.compile(r"(?:calls|to_apply|body|condition)=([^,\s)]+)")
-# Three forms of it: listed, as a reshaped and transposed range, and by mesh axes.
+# Groups have three forms: a list, a reshaped and transposed range, and mesh axes.
 GROUPS = re.compile(
     r"(?:replica_groups|source_target_pairs)=(?:"
     r"\{(?P<listed>[\d,{}]*)\}(?=[,\s]|$)"
@@ -32,7 +32,7 @@ GROUPS = re.compile(
 
 
 class Messages(NamedTuple):
-    """Bytes that a device hands to collectives across replicas in one call."""
+    """Bytes that a device passes to collectives across replicas in one call."""
 
     always: int  # in every call
     in_branch: int  # in a call that takes the branch: one that syncs
@@ -56,7 +56,7 @@ def messages(text: str, devices: int, replica_of: Callable[[int], int]) -> Messa
             for several, one in BRANCHES.findall(line):
                 for called in several.split(", ") if several else [one]:
                     walk(called, True)
-            if match["op"] != "fusion":  # those hold no collectives
+            if match["op"] != "fusion":  # fusions hold no collectives
                 for called in CALLS.findall(line):
                     walk(called, in_branch)
 

@@ -16,9 +16,9 @@ from optax_lookahead import lookahead
 
 K, ALPHA = 20, 0.5
 BETAS = 0.9, 0.99, 0.999
-CYCLES = 50  # that a run takes
+CYCLES = 50  # in a run
 PER_DECADE = 2000  # curvatures and learning rates
-# The contraction only depends on rate times curvature, so one grid serves for all.
+# The contraction depends only on rate times curvature, so one grid is enough.
 PRODUCTS = 10.0 ** np.arange(-10, math.log10(4), 1 / PER_DECADE)
 SLOWEST_RATE = 1e-4
 
@@ -52,16 +52,16 @@ def radii_of(wrapper: Wrapper, beta: float) -> np.ndarray:
 def best_rate(
     radii: np.ndarray, decades: float, ends: bool
 ) -> tuple[float, float, float]:
-    """Returns the least contraction over rates, that rate, and its worst curvature.
+    """Returns the smallest rho over rates, that rate, and its slowest curvature.
 
-    For curvatures from `10**-decades` to 1, with all those of the grid in between
-    unless `ends`.
+    The curvatures are `10**-decades` and 1 and, unless `ends`, all those of the grid in
+    between.
     """
     window = round(decades * PER_DECADE) + 1
     if ends:
         worst = np.maximum(radii, np.roll(radii, window - 1))
     else:
-        # The filter is centred: shifted, so that a window ends at its own product.
+        # The filter is centred; it is shifted so that a window ends at its product.
         worst = maximum_filter1d(radii, window, origin=(window - 1) // 2)
     first = np.searchsorted(PRODUCTS, SLOWEST_RATE)
     best = first + np.argmin(worst[first:])
@@ -74,18 +74,18 @@ def best_rate(
 def make_contraction(wrapper: Wrapper):
     """Returns a function for the contraction per step of the library's optimizer.
 
-    It runs from two states, weight and last step (1, 0) and (0, 1). Where they end is
-    the matrix by which so many cycles multiply any state. The function takes a beta,
-    rates `[n]` and for each the curvatures of its spectrum, `[n, m]`.
+    It runs from two states (weight, last step): (1, 0) and (0, 1). The two states at
+    the end are the matrix by which `CYCLES` cycles multiply any state. The function
+    takes a beta, rates `[n]` and for each the curvatures of its spectrum, `[n, m]`.
     """
 
     def run(beta, rate, curvature, theta, v):
         tx = optax.sgd(rate, momentum=beta)
         if wrapper.inner_state is not None:
             tx = lookahead(tx, K, ALPHA, inner_state=wrapper.inner_state)
-        # Optax's momentum sums gradients: the last step is -rate times it.
+        # Optax's trace is a sum of gradients; the last step is -rate times it.
         state = optax.tree.set(tx.init(theta), trace=-v / rate)
-        if wrapper.inner_state == "interpolate":  # as the last sync left it
+        if wrapper.inner_state == "interpolate":  # the trace at the last sync
             state = state._replace(anchor=(-v / rate,))
 
         def train_step(_, carry):
@@ -131,7 +131,7 @@ def run_rates(args: argparse.Namespace, bar) -> dict[tuple[float, str], Rates]:
             lines = [best_rate(radii, d, wrapper.ends)[0] for d in CONDITIONS]
             best = [best_rate(radii, d, wrapper.ends) for d in decades]
             rho, rates, slowest = np.transpose(best)
-            # Some of the spectrum, and the curvature where the theory is slowest.
+            # A part of the spectrum, and the curvature that is slowest in theory.
             spectra = 10 ** (-decades[:, None] * fractions)
             spectra = np.concatenate([spectra, slowest[:, None]], axis=1)
             measured = run(beta, rates, spectra)
@@ -156,7 +156,7 @@ def print_rates(results, args: argparse.Namespace) -> bool:
     worst = np.max([np.abs(x.measured / x.points - 1) for x in results.values()])
     print(
         f"\nThat is the theory. In {CYCLES * K} steps of the running optimizer "
-        f"1 - rho differs by\nat most a fraction of {worst:.1e}."
+        f"1 - rho has a\nrelative difference of at most {worst:.1e} from it."
     )
     return bool(worst < 1e-6)
 

@@ -1,6 +1,6 @@
 """Train one model in several processes, sharded over all their devices.
 
-Starts processes under `jax.distributed` on this machine, each with four virtual CPU
+It starts processes under `jax.distributed` on this machine, each with four virtual CPU
 devices. Together they train the CNN of `digits.py` with lookahead around Adam. The
 parameters, the slow weights and Adam's moments are sharded over all devices (FSDP), and
 so is each batch. In the middle of a cycle the state is saved to an Orbax checkpoint,
@@ -56,10 +56,10 @@ from optax_lookahead import (
     slow_params,
 )
 
-DEVICES = 4  # of a process
-IMAGES = 4  # of a batch on each device
+DEVICES = 4  # per process
+IMAGES = 4  # of each batch, per device
 K, ALPHA = 5, 0.5
-TAIL = 20  # lines of what a process wrote that died
+TAIL = 20  # lines to show from the log of a process that died
 TOLERANCE = 1e-9
 
 
@@ -72,7 +72,7 @@ def make_optimizer(args: argparse.Namespace) -> optax.GradientTransformation:
 
 
 def train(args: argparse.Namespace, checkpoint: pathlib.Path | None, progress):
-    """Trains on all devices of all processes; returns the weights and some figures."""
+    """Trains on all devices of all processes; returns the weights and some numbers."""
     data, tx = load_data(), make_optimizer(args)
     devices = np.array(jax.devices()).reshape(jax.process_count(), -1)
     mesh = Mesh(devices, ("replica", "device"))
@@ -119,7 +119,7 @@ def train(args: argparse.Namespace, checkpoint: pathlib.Path | None, progress):
         rows = rng.integers(len(data.train_x), size=batch_shape(args))
         if checkpoint and step < checkpoint_step(args) and args.resume:
             progress.write(b".")
-            continue  # after drawing the rows, so that the next ones are the same
+            continue  # after drawing the rows, so that later rows are the same
         if checkpoint and step == checkpoint_step(args):
             if not args.resume:
                 save(state, checkpoint)
@@ -170,10 +170,10 @@ def evaluate(params) -> dict[str, float]:
 def shard(
     x: Any, mesh: Mesh, args: argparse.Namespace, axis: int | None = 0
 ) -> NamedSharding:
-    """Shards the first dimension that the devices divide; without one, replicates.
+    """Shards the first dimension that the number of devices divides, or replicates.
 
-    Over all devices or, with replicas on a first axis, over those of a replica. `axis`
-    is None for what all replicas share.
+    It shards over all devices or, with replicas on the first axis, over those of a
+    replica. `axis` is None for what all replicas share.
     """
     first = int(args.replicas and axis is not None)
     spec: list[Any] = ["replica"][:first]
@@ -188,7 +188,7 @@ def shard(
 
 
 def checkpoint_step(args: argparse.Namespace) -> int:
-    """Returns the middle of the training, or the next step inside a cycle."""
+    """Returns the middle of the training, or the next step if a cycle starts there."""
     middle = args.steps // 2
     return middle + (middle % K == 0)
 
@@ -205,7 +205,7 @@ def save(state, path: pathlib.Path) -> None:
 
 
 def restore(state, path: pathlib.Path, step: int):
-    """Returns the saved state in the shards of this one, which is deleted."""
+    """Returns the saved state, sharded as the given one, which is deleted."""
     target = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
     )
@@ -230,8 +230,8 @@ def run_child(
     try:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", 1 if rank is None else DEVICES)
-        # In float32 roundings could end as differences of 0.1: Adam divides small
-        # gradients by their size, and a ReLU near 0 may open in one of the trainings.
+        # In float32 rounding errors could grow to differences of 0.1: Adam divides
+        # small gradients by their size, and a ReLU near 0 may be on in one run only.
         jax.config.update("jax_enable_x64", True)
         if rank is not None:
             join_cluster(rank, args.processes, f"127.0.0.1:{port}")
@@ -293,8 +293,8 @@ def run_children(args: argparse.Namespace, folder: pathlib.Path) -> None:
     children, context = [], multiprocessing.get_context("spawn")
     with reserved_port() as port:
         try:
-            # Ctrl-C goes to children too; they inherit that it is ignored, and are
-            # stopped below.
+            # Ctrl-C also reaches the children; they inherit that it is ignored, and
+            # are stopped below.
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             for name, rank in {**ranks, "alone": None}.items():
                 child = context.Process(
@@ -305,7 +305,7 @@ def run_children(args: argparse.Namespace, folder: pathlib.Path) -> None:
             signal.signal(signal.SIGINT, stop)
             pids = [f"{child.name} (pid {child.pid})" for child in children]
             print(f"{args.processes} processes of {DEVICES} CPU devices:", end=" ")
-            print(f"{', '.join(pids[:-1])}\nto compare, one device: {pids[-1]}")
+            print(f"{', '.join(pids[:-1])}\nfor comparison, one device: {pids[-1]}")
             sys.stdout.flush()
             wait(children, args, folder)
         finally:
@@ -385,7 +385,7 @@ def report(args: argparse.Namespace, folder: pathlib.Path) -> None:
     print(
         f"\nlargest difference: {largest['fast']:.1e} in the parameters, "
         f"{largest['slow']:.1e} in the slow weights\n(tolerance {TOLERANCE:g}; "
-        "the devices' shares of a gradient are added up in another order)"
+        "the devices' parts of a gradient are summed in another order)"
     )
     if not all(x <= TOLERANCE for x in largest.values()):  # NaN too
         sys.exit("error: the weights differ by more than the tolerance.")
@@ -413,13 +413,13 @@ def stop(signum: int, _frame) -> None:
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--processes", type=int, default=2, help="best a power of 2, to divide layers"
+        "--processes", type=int, default=2, help="preferably a power of 2"
     )
     parser.add_argument("--steps", type=int, default=203, help="updates")
     parser.add_argument(
         "--replicas",
         action="store_true",
-        help="one in each process; they communicate at syncs",
+        help="one replica per process; they communicate at syncs",
     )
     parser.add_argument(
         "--folder", type=pathlib.Path, help="keeps weights and checkpoint; must be new"

@@ -3,9 +3,10 @@
 A causal transformer learns, byte by byte, the English text that ships with Python: the
 help topics of `pydoc`, the last tenth of which is held out. The same `nnx.Optimizer`
 loop runs AdamW alone, AdamW with a moving average (EMA) of its weights, which is the
-control, and AdamW inside `lookahead`, with equal steps and the same grid of learning
-rates for all, over several seeds. It prints the held-out losses of the fast and of the
-slow or averaged weights, samples a text from the slow weights, and draws the losses.
+control, and AdamW inside `lookahead`, with the same number of steps and the same grid
+of learning rates for all, over several seeds. It prints the held-out losses of the fast
+and of the slow or averaged weights, samples a text from the slow weights, and draws the
+losses.
 
     python examples/nnx_language_model.py
     python examples/nnx_language_model.py --decay
@@ -40,14 +41,14 @@ TEMPERATURE = 0.7
 
 
 class Text(NamedTuple):
-    """Bytes of both parts, shape `[n]`."""
+    """Bytes of the training and of the held-out text, shape `[n]`."""
 
     train: np.ndarray
     held_out: np.ndarray
 
 
 class Run(NamedTuple):
-    """What one run measured, of the fast and of the slow or averaged weights."""
+    """Results of one run, for the fast and for the slow or averaged weights."""
 
     updates: np.ndarray  # after which the losses were taken, [n]
     losses: np.ndarray  # held out, [n, 1 or 2]
@@ -65,7 +66,7 @@ def load_text() -> Text:
 
 
 def windows(text: np.ndarray, starts: np.ndarray, context: int) -> np.ndarray:
-    """Returns a byte more than the context, since targets are one byte ahead."""
+    """Returns windows of context + 1 bytes, since targets are one byte ahead."""
     return text[starts[:, None] + np.arange(context + 1)].astype(np.int32)
 
 
@@ -143,7 +144,7 @@ def with_slow_weights(model, optimizer):
 
 
 def fast_model(model, optimizer):
-    del optimizer  # nothing but the model's own weights
+    del optimizer  # only the model's own weights are evaluated
     return [model]
 
 
@@ -170,7 +171,7 @@ def train(tx, models, seed: int, text: Text, args: argparse.Namespace, bar) -> R
         starts = rng.integers(len(text.train) - args.context, size=args.batch)
         step(windows(text.train, starts, args.context))
         if update == 0:
-            bar.unpause()  # the time to compile says nothing about the other steps
+            bar.unpause()  # leaves the time to compile out of the estimate
         bar.update()
     model = models(model, optimizer)[-1]
     return Run(updates, np.array(losses), float(evaluate(model, held_out)), model)
@@ -220,7 +221,7 @@ def final_losses(group: list[Run]) -> np.ndarray:
 
 def best_rate(runs, wrapper: str, args: argparse.Namespace) -> float:
     def loss(rate: float) -> float:
-        # A run that diverged is the worst.
+        # A run that diverged counts as the worst.
         return np.nan_to_num(final_losses(runs[wrapper, rate]).mean(), nan=math.inf)
 
     return min(args.rates, key=loss)
@@ -235,11 +236,11 @@ def print_table(runs, args: argparse.Namespace) -> None:
     print(
         f"\n{args.steps} updates of {args.batch} x {args.context} bytes, warm-up of "
         f"{warm_up_updates(args)}, then {schedule}; k = {args.k}, alpha = "
-        f"{args.alpha:g}; EMA of decay {args.ema:g}.\nHeld-out loss in nats per byte: "
-        f"mean ± standard deviation over {args.seeds} seeds.\n"
+        f"{args.alpha:g}; EMA with decay {args.ema:g}.\nHeld-out loss in nats per "
+        f"byte: mean ± standard deviation over {args.seeds} seeds.\n"
         f"Grid of learning rates, the same for all: {grid(args)}.\n"
-        "Before a sync: one update before the last one, where fast and slow weights "
-        "differ most.\nAt the end: after the last update, of the slow weights or the "
+        "Before a sync: one update before the last sync, where fast and slow weights "
+        "differ most.\nAt the end: after the last update, for the slow weights or the "
         "EMA if there are any;\n* marks the best.\n"
     )
     row = "{:<11}{:<15}{:>21}{:>21}{:>18}"
@@ -262,7 +263,7 @@ def print_verdict(runs, best: dict[str, float], args: argparse.Namespace) -> Non
     finals = {wrapper: final_losses(runs[wrapper, best[wrapper]]) for wrapper in best}
     print("\nEach at its best rate:")
     for other in ("alone", "EMA"):
-        # Paired: a seed has the same start and batches.
+        # Paired: a seed has the same initial weights and batches.
         pairs = finals["lookahead"] - finals[other]
         print(
             f"lookahead minus {other}, seed by seed: "
@@ -357,7 +358,7 @@ def parse_args(argv: list[str], text: Text) -> argparse.Namespace:
     parser.add_argument("--k", type=int, default=5, help="updates in a cycle")
     parser.add_argument("--alpha", type=float, default=0.5, help="slow step size")
     parser.add_argument(
-        "--ema", type=float, default=0.98, help="decay of the average, the control"
+        "--ema", type=float, default=0.98, help="decay of the EMA, the control"
     )
     parser.add_argument(
         "--rates",

@@ -1,19 +1,19 @@
 """Check the library against exact theory on quadratics, and draw figures 3 and 4.
 
 The gradient is `a (theta - c)` with random c, so the mean and the variance of the
-weights are known exactly at every step (`quadratic_theory.py`). It has three parts,
-whose files must be in the same folder:
+weights are known exactly at every step (`quadratic_theory.py`). The script has three
+parts, whose files must be in the same folder:
 
-  1. `quadratic_runs.py`: every method runs many thousand times over a grid of settings,
-     and its mean and variance are compared with the theory, in standard errors. If one
-     differs by more than five, the exit status is 1.
+  1. `quadratic_runs.py`: every method runs thousands of times at each setting of a
+     grid, and its mean and variance are compared with the theory. If one differs by
+     more than five standard errors, the exit status is 1.
   2. `equal_risk.py`, figure 3 of the Lookahead paper: expected loss after 1,000 steps
      of SGD and of Lookahead (k = 5), at learning rates that end in the same
      steady-state risk. The lines are the theory, the markers runs of the optimizer.
   3. `momentum_rates.py`, figure 4: how fast SGD with momentum contracts, alone and
      inside Lookahead (k = 20, alpha = 0.5), on quadratics of every condition number,
-     each at its best learning rate. The markers are what the running optimizer does to
-     its state. How much is gained depends on the curvatures between the least and the
+     each at its best learning rate. The markers are measured in the state of the
+     running optimizer. The gain depends on the curvatures between the smallest and the
      largest: one line has only those two.
 
     python examples/noisy_quadratic.py
@@ -82,7 +82,8 @@ def main() -> None:
     checks = quadratic_runs.check_methods(args)
     agree = quadratic_runs.print_checks(checks, args)
     size = 3 * args.points * sum(map(len, equal_risk.SPECTRA.values()))
-    with tqdm(total=size, unit="run", desc="figure 3") as bar:
+    # The average speed, since compiling makes the first run slow.
+    with tqdm(total=size, unit="run", desc="figure 3", smoothing=0) as bar:
         spectra = {
             name: equal_risk.run_points(curvature, args, bar)
             for name, curvature in equal_risk.SPECTRA.items()
@@ -93,6 +94,7 @@ def main() -> None:
         total=len(momentum_rates.BETAS) * len(momentum_rates.WRAPPERS),
         unit="run",
         desc="figure 4",
+        smoothing=0,
     ) as bar:
         rates = momentum_rates.run_rates(args, bar)
     agree &= momentum_rates.print_rates(rates, args)

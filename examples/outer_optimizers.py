@@ -6,8 +6,8 @@ learning rates of AdamW and the same seeds. A seed has the same initial weights 
 same batches in all of them.
 
     AdamW      b2 = 0.999, Optax's default, or 0.95, usual for language models
-    EMA        AdamW's default, evaluated at a moving average of its weights, of decay
-               0.9 or 0.98 a step: the control, one more copy as in lookahead
+    EMA        AdamW's default, evaluated at a moving average of its weights with decay
+               0.9 or 0.98 per step: the control, which also stores one more copy
     lookahead  k = 5, alpha = 0.5 or 0.8, around AdamW's default: the Lookahead paper
     Nesterov   `outer_loop` around AdamW's default with `optax.sgd(eta, momentum=mu,
                nesterov=True)`: SNOO in modded-nanogpt (k = 28, eta = 0.68, mu = 0.37)
@@ -62,12 +62,12 @@ from tqdm import tqdm
 from optax_lookahead import lookahead, outer_loop
 
 EVERY = 120  # updates, between evaluations
-THREADS = 2  # runs at a time, since one keeps little more than one core busy
+THREADS = 2  # runs at a time, since a run uses little more than one core
 
 
 class Method(NamedTuple):
     make: Callable[..., optax.GradientTransformation]  # from AdamW and a setting
-    weights: Callable  # model and optimizer to the model to evaluate
+    weights: Callable  # (model, optimizer) -> the model to evaluate
     settings: list[dict[str, float]]
     colour: str
     marker: str
@@ -110,9 +110,9 @@ METHODS = {
 
 
 def make_run(method: Method, graphdef: nnx.GraphDef, args: argparse.Namespace):
-    """Returns a run of the method, with setting, rate and seed as arrays.
+    """Returns a function that trains once with the method.
 
-    So the method is compiled once for all of them.
+    Setting, rate and seed are arrays, so that the method is compiled only once.
     """
     warm_up = warm_up_updates(args)
     shape = (
@@ -170,7 +170,7 @@ def train_all(args: argparse.Namespace) -> dict[str, np.ndarray]:
         ]
         for name, method in METHODS.items()
     }
-    # Before the threads start, or each of them would compile it.
+    # Before the threads start, since otherwise each of them would compile.
     programs = {
         name: make_run(method, models[0][0], args).lower(*jobs[name][0]).compile()
         for name, method in tqdm(METHODS.items(), "compiling", leave=False)
@@ -196,8 +196,8 @@ def train_all(args: argparse.Namespace) -> dict[str, np.ndarray]:
 
 
 def best_of(losses: np.ndarray) -> tuple[int, int]:
-    """Returns the indices of the setting and the rate with the least mean."""
-    # A run that diverged is the worst.
+    """Returns the indices of the setting and the rate with the lowest mean loss."""
+    # A run that diverged counts as the worst.
     means = np.nan_to_num(losses[..., -1].mean(axis=-1), nan=math.inf)
     setting, rate = np.unravel_index(means.argmin(), means.shape)
     return int(setting), int(rate)
@@ -229,7 +229,7 @@ def print_table(losses: dict[str, np.ndarray], args: argparse.Namespace) -> None
         baseline = losses[other][best_of(losses[other])][:, -1]
         for name in METHODS:
             if name != other:
-                # Paired: a seed has the same first weights and the same batches.
+                # Paired: a seed has the same initial weights and batches.
                 pairs = losses[name][best_of(losses[name])][:, -1] - baseline
                 each = ", ".join(f"{pair:+.3f}" for pair in pairs)
                 print(f"{name:<11}{pairs.mean():+.3f} ± {pairs.std():.3f}  ({each})")
@@ -302,7 +302,7 @@ def draw_rates(axes, losses, args: argparse.Namespace) -> None:
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = Parser(description=__doc__.splitlines()[0])
-    # Ends on a sync of every setting.
+    # The default ends on a sync in every setting.
     parser.add_argument("--steps", type=int, default=840, help="updates in a run")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each setting")
     parser.add_argument(

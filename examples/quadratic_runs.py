@@ -1,4 +1,4 @@
-"""Run every method at many settings, and compare with the exact theory."""
+"""Run every method at many settings, and compare it with the exact theory."""
 
 import argparse
 import itertools
@@ -18,20 +18,21 @@ from tqdm import tqdm
 from optax_lookahead import lookahead, outer_loop
 
 THREADS = 2
-PART = 10  # settings in a run; it divides all grids but one that is smaller
+PART = 10  # settings in a call; divides the size of every grid but one, of 5
 LIMIT = 5  # standard errors
-START_MEAN, START_SPREAD = 3.0, 2.0  # of the first weights; curvature and noise are 1
+# Of the initial weights; curvature and noise are 1.
+START_MEAN, START_SPREAD = 3.0, 2.0
 TRANSIENTS = 1, 4  # syncs after which mean and variance are compared
 
 
 class Method(NamedTuple):
     make: Callable[..., optax.GradientTransformation]  # the library's optimizer
-    systems: Callable  # the theory's inner step and cycle, and the cycle's steps
+    systems: Callable  # the theory's inner step and cycle, and the steps in a cycle
     grid: dict[str, tuple[float, ...]]  # the arguments of both
     shown: dict[str, float]  # the setting whose variance is printed
 
 
-RATES = {"rate": (0.1, 0.5, 1.0, 1.5, 1.9)}  # g a
+RATES = {"rate": (0.1, 0.5, 1.0, 1.5, 1.9)}  # times a curvature of 1
 K = {"k": (1, 5, 20)}
 ALPHA = {"alpha": (0.2, 0.5, 0.8, 1.0)}
 MOMENTUM = {"momentum": (0.5, 0.9)}
@@ -120,7 +121,7 @@ METHODS = {
 
 
 class Check(NamedTuple):
-    """One number of the theory and what the runs gave for it."""
+    """One number of the theory, and its estimate from the runs."""
 
     what: str
     theory: float
@@ -133,7 +134,7 @@ class Check(NamedTuple):
 
 
 def settings_of(method: Method) -> list[dict[str, float]]:
-    """Returns the grid, those that need the fewest steps first."""
+    """Returns the grid, sorted by the steps that a setting needs."""
     grid = [
         dict(zip(method.grid, values, strict=True))
         for values in itertools.product(*method.grid.values())
@@ -145,7 +146,7 @@ def cycles_of(method: Method, setting) -> int:
     """Returns the number of cycles after which the start has no influence."""
     _, cycle, _ = method.systems(**setting)
     rho = max(float(theory.spectral_radius(cycle)), 0.1)
-    # The square, 1e-7 of the start's, is far below the Monte-Carlo error.
+    # The start's variance times 1e-7 is far below the Monte-Carlo error.
     return max(math.ceil(math.log(1e-7) / (2 * math.log(rho))), *TRANSIENTS)
 
 
@@ -162,9 +163,9 @@ def make_run(make, chains: int, room: int, read=fast_weights):
     """Returns a jitted function that runs many chains at many settings.
 
     It takes the number of steps, at most `room`, and for each setting a seed and, by
-    name, the arguments of `make`, and `curvature`, `sigma`, `mean` and `spread` where
-    they are not 1, 1, and those of the start. It returns the mean and the variance over
-    the chains of what `read` reads, after every step, `[settings, room, 2]`.
+    name, the arguments of `make` and optionally `curvature`, `sigma`, `mean` and
+    `spread`. It returns the mean and the variance over the chains of what `read`
+    returns, after every step, `[settings, room, 2]`.
     """
 
     def run(
@@ -205,7 +206,7 @@ def make_run(make, chains: int, room: int, read=fast_weights):
 
 
 def stack(settings: list[dict[str, float]]) -> dict[str, np.ndarray]:
-    """Returns the settings as arrays by name, integers where the first one is."""
+    """Returns the settings as arrays by name, int32 if the first value is an int."""
     return {
         name: np.array(
             [setting[name] for setting in settings],
@@ -216,14 +217,14 @@ def stack(settings: list[dict[str, float]]) -> dict[str, np.ndarray]:
 
 
 def checks_of(method: Method, setting, moments, chains: int) -> Iterator[Check]:
-    """Yields the numbers of the theory for one setting, each beside its estimate."""
+    """Yields the numbers of the theory for one setting, each with its estimate."""
     inner, cycle, length = method.systems(**setting)
     d, inner_d = len(cycle.noise), len(inner.noise)
     start_mean, start_covariance = np.zeros(d), np.zeros((d, d))
     start_mean[0], start_covariance[0, 0] = START_MEAN, START_SPREAD**2
 
     def variance(what, exact, step):
-        error = exact * math.sqrt(2 / (chains - 1))  # of normal chains
+        error = exact * math.sqrt(2 / (chains - 1))  # for normal variables
         return Check(what, float(exact), float(moments[step - 1, 1]), error)
 
     for n in TRANSIENTS:
@@ -235,7 +236,7 @@ def checks_of(method: Method, setting, moments, chains: int) -> Iterator[Check]:
     last = cycles_of(method, setting) * length
     c = theory.stationary_covariance(cycle)
     yield variance("stationary variance", c[0, 0], last)
-    # The inner state is what a sync left of it; outer momentum is not part of it.
+    # The inner state after a sync, without the outer momentum.
     c = c[:inner_d, :inner_d]
     k = setting.get("k", 1)
     for i in sorted({1, k // 2, k - 1} & set(range(1, k))):
@@ -252,7 +253,7 @@ def check_methods(
     seed, jobs, programs = itertools.count(), {}, {}
     for name, grid in tqdm(grids.items(), "compiling", leave=False):
         method = METHODS[name]
-        # All of one size, for one program.
+        # All of one size, so that they need only one program.
         parts = [grid[i : i + PART] for i in range(0, len(grid), PART)]
         jobs[name] = [
             (steps_of(method, part[-1]), np.array([next(seed) for _ in part]), part)
@@ -282,10 +283,10 @@ def check_methods(
 
 
 def print_checks(results, args: argparse.Namespace) -> bool:
-    """Prints the comparison with theory, and returns whether all of it agrees."""
+    """Prints the comparison with the theory, and returns whether they agree."""
     print(
-        f"\nOne coordinate, curvature and noise 1, {args.chains} chains, a seed for "
-        "every setting.\nStationary variance after a sync, at one setting of each:\n"
+        f"\nOne coordinate, curvature and noise 1, {args.chains} chains, one seed "
+        "per setting.\nStationary variance after a sync, at one setting per method:\n"
     )
     print(f"{'method':<18}{'theory':>9}{'run':>9}{'diff, SE':>10}   setting")
     for name, method in METHODS.items():

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Closed forms: `rate` is g, and r = 1 - g a.
+# Closed forms: `rate` is g, `alpha` is al, and r = 1 - g a.
 
 
 def sgd_variance(rate, curvature, sigma):
@@ -30,8 +30,8 @@ def sgd_contraction(rate, curvature, k=1):
 def lookahead_ratio(q, alpha):
     """Proposition 2 of the Lookahead paper: `V_LA / V_SGD`.
 
-    `al^2 (1 - q^2) / (al^2 (1 - q^2) + 2 al (1 - al) (1 - q))`, q being the factor of
-    the mean in the inner steps of a cycle.
+    `al^2 (1 - q^2) / (al^2 (1 - q^2) + 2 al (1 - al) (1 - q))`, where q is the factor
+    of the mean in the inner steps of a cycle.
     """
     up = alpha**2 * (1 - q**2)
     return up / (up + 2 * alpha * (1 - alpha) * (1 - q))
@@ -60,7 +60,7 @@ def fast_variance(rate, curvature, sigma, slow_variance, i):
 def transient(contraction, stationary_variance, n, mean, variance):
     """Mean and variance after n steps, or n cycles, of a one-dimensional method.
 
-    `s^n m_0` and `s^(2n) V_0 + (1 - s^(2n)) V`, s being the factor of the mean in one.
+    `s^n m_0` and `s^(2n) V_0 + (1 - s^(2n)) V`; s is the factor of the mean in one.
     """
     sn = contraction**n
     return sn * mean, sn**2 * variance + (1 - sn**2) * stationary_variance
@@ -69,8 +69,8 @@ def transient(contraction, stationary_variance, n, mean, variance):
 def nested_variance(rate, curvature, sigma, ks, alphas):
     """Stationary variance of nested Lookahead: the ratios of the levels multiply.
 
-    `ks` and `alphas` are of the inner and of the outer level, the outer k in cycles of
-    the inner level.
+    `ks` and `alphas` are those of the inner and of the outer level; the outer k counts
+    cycles of the inner level.
     """
     q = sgd_contraction(rate, curvature)
     variance = sgd_variance(rate, curvature, sigma)
@@ -131,11 +131,11 @@ def sgd(rate, curvature, noise) -> System:
 
 
 def heavy_ball(rate, momentum, curvature, noise, nesterov=False) -> System:
-    """One step of SGD with momentum on `z = (theta, v)`, v being the last step.
+    """One step of SGD with momentum on `z = (theta, v)`, where v is the last step.
 
-    Heavy ball, `v' = b v - g grad` and `theta' = theta + v'`: `M = [[1 - g a, b],
-    [-g a, b]]`, and the noise enters both rows as `g a c`. Nesterov's, as Optax has
-    it, moves by `b v' - g grad` instead. `noise` is as in `sgd`.
+    Heavy ball is `v' = b v - g grad` and `theta' = theta + v'`: `M = [[1 - g a, b],
+    [-g a, b]]`, and the noise enters both rows as `g a c`. Nesterov momentum, as in
+    Optax, moves theta by `b v' - g grad` instead. `noise` is as in `sgd`.
     """
     ga, b = rate * curvature, momentum
     to_weight, from_v = (1 + b, b**2) if nesterov else (1.0, b)
@@ -146,7 +146,7 @@ def heavy_ball(rate, momentum, curvature, noise, nesterov=False) -> System:
 
 
 def repeat(system: System, n: int) -> System:
-    """Makes n steps one: `M^n`, and `S_n = sum_j M^j Q M'^j` for the noise."""
+    """Joins n steps into one: `M^n`, and `S_n = sum_j M^j Q M'^j` for the noise."""
     d = system.noise.shape[-1]
     result = System(np.eye(d), np.zeros((d, d)))
     while n:  # by its binary digits
@@ -159,8 +159,9 @@ def repeat(system: System, n: int) -> System:
 def lookahead(inner: System, k: int, alpha, inner_state="keep") -> System:
     """One cycle of Lookahead around any system: `T = P0 + Pk M^k`, noise `Pk S_k Pk'`.
 
-    The sync is `z' = P0 z_0 + Pk z_k`. On the weight that is `1 - al` and `al`, and on
-    the rest of z 0 and 1 (keep), 0 and 0 (reset) or `1 - al` and `al` (interpolate).
+    The sync is `z' = P0 z_0 + Pk z_k`. For the weight P0 and Pk are `1 - al` and `al`,
+    and for the rest of z they are 0 and 1 (keep), 0 and 0 (reset) or `1 - al` and `al`
+    (interpolate).
     """
     many = repeat(inner, k)
     alpha = np.asarray(alpha)[..., None, None]
@@ -180,8 +181,8 @@ def lookahead(inner: System, k: int, alpha, inner_state="keep") -> System:
 def outer_loop(inner: System, k: int, eta, mu, nesterov=False) -> System:
     """One cycle of an outer optimizer with momentum around a one-dimensional system.
 
-    It sees the pseudo-gradient `(1 - q) phi - noise`, a quadratic again, so SlowMo is
-    heavy ball on that, and SNOO and DiLoCo are Nesterov's momentum.
+    It gets the pseudo-gradient `(1 - q) phi - noise`, that of a quadratic again, so
+    SlowMo is heavy ball on it, and SNOO and DiLoCo are Nesterov momentum on it.
     """
     many = repeat(inner, k)
     q, noise = many.transition[..., 0, 0], many.noise[..., 0, 0]
@@ -189,7 +190,7 @@ def outer_loop(inner: System, k: int, eta, mu, nesterov=False) -> System:
 
 
 def after(system: System, n: int, mean, covariance):
-    """Mean `[..., d]` and covariance of z after n steps from given ones."""
+    """Mean `[..., d]` and covariance of z, n steps after the given ones."""
     many = repeat(system, n)
     transposed = np.swapaxes(many.transition, -1, -2)
     return (
@@ -226,6 +227,6 @@ def _then(first: System, second: System) -> System:
 
 
 def _matrix(rows) -> np.ndarray:
-    """Returns matrices `[..., d, d]` of entries that broadcast."""
+    """Returns matrices `[..., d, d]`, from entries that broadcast."""
     entries = np.broadcast_arrays(*[x for row in rows for x in row])
     return np.stack(entries, -1).reshape(*entries[0].shape, len(rows), len(rows))

@@ -82,9 +82,9 @@ def learning_rates(args: argparse.Namespace, data) -> pictures.Figure:
 
 def print_shares(name: str, ends: dict[str, Measured]) -> None:
     print(
-        f"\n{name}: a run counts as trained at {TRAINED[name]:g} % of the test part. "
-        f"{len(RATES)} rates, {RATES[0]:.2g} to {RATES[-1]:g}\nby factors of 2, x "
-        f"{len(MOMENTA)} momenta. Best: the cell of the best median.\n"
+        f"\n{name}: a run counts as trained at {TRAINED[name]:g} % test accuracy. "
+        f"{len(RATES)} rates, {RATES[0]:.2g} to {RATES[-1]:g}\nin factors of 2, x "
+        f"{len(MOMENTA)} momenta. Best: the cell with the best median.\n"
     )
     row = "{:<19}" + "{:>15}" * 3 + "{:>21}"
     print(row.format("", "trained, %", "diverged, %", "best test %", "best train loss"))
@@ -124,8 +124,8 @@ ALPHAS = np.arange(1, 11) / 10
 def k_alpha(args: argparse.Namespace, data) -> pictures.Figure:
     cells = grid(k=KS, alpha=ALPHAS)
     methods = {
-        # As often as there are cells: then the results at alpha = 1 are equal bit for
-        # bit. A program of another shape rounds differently, and training amplifies it.
+        # Repeated for each cell, so that both programs have the same shapes: with
+        # others they would round differently, and training amplifies that.
         "SGD": Method(sgd, {"rate": np.full_like(cells["alpha"], LARGE)}),
         "lookahead": Method(
             lambda k, alpha: lookahead(sgd(LARGE), k, alpha), cells, slow_weights
@@ -140,8 +140,8 @@ def k_alpha(args: argparse.Namespace, data) -> pictures.Figure:
         print(
             f"\n{name}, SGD with momentum 0.9 and learning rate {LARGE:g}. Where alpha "
             "is 1, the training\nloss is that of SGD alone to "
-            f"{difference:.0e}; k by k it differs by rounding, which training\n"
-            "amplifies."
+            f"{difference:.0e}; between values of k it differs by rounding,\n"
+            "which training amplifies."
         )
         quantities = {
             "log10 of the training loss": (np.log10(ends.loss), np.log10(alone.loss)),
@@ -154,7 +154,7 @@ def k_alpha(args: argparse.Namespace, data) -> pictures.Figure:
 
 
 def print_k_alpha(quantity: str, values, alone, sign: int) -> None:
-    """Prints a grid `[ks, alphas, seeds]`; the better is larger if `sign` is 1."""
+    """Prints a grid `[ks, alphas, seeds]`; larger is better if `sign` is 1."""
     digits = 1 if sign > 0 else 2
     print(f"\n{quantity}, by k and alpha; SGD alone: {cell(np.ravel(alone), digits)}")
     row = "{:>2}" + "{:>13}" * len(ALPHAS)
@@ -196,7 +196,7 @@ def cycles(args: argparse.Namespace, data) -> pictures.Figure:
             lambda rate: lookahead(sgd(rate), K, ALPHA), rates, fast_and_slow_weights
         ),
     }
-    last = CYCLES * K + 1  # with the sync that they start from
+    last = CYCLES * K + 1  # with the sync before the first of these cycles
     results = train_all(
         methods, data, range(args.seeds), args.steps, every=1, last=last
     )
@@ -212,7 +212,7 @@ def cycles(args: argparse.Namespace, data) -> pictures.Figure:
 
 
 def print_cycles(name: str, rate: float, alone: Measured, ours: Measured) -> None:
-    """Prints what happens in the last cycles; shapes `[seeds, updates, weights]`."""
+    """Prints a table of the last cycles; shapes `[seeds, updates, weights]`."""
     starts, ends = slice(0, -1, K), slice(K - 1, None, K)
     rows = {
         "slow, at the sync": [x[:, starts, 1] for x in ours],
@@ -251,8 +251,8 @@ def print_cycles(name: str, rate: float, alone: Measured, ours: Measured) -> Non
     for label, other in zip(list(variances)[1:], others, strict=True):
         in_a_run, of_runs = np.divide(ours, other)
         print(
-            f"Variance of the slow weights' loss by that of {label}: "
-            f"{in_a_run:.2f} in a run, {of_runs:.2f} of runs"
+            f"Variance of the slow weights' loss divided by that of {label}: "
+            f"{in_a_run:.2f} in a run, {of_runs:.2f} between runs"
         )
 
 
@@ -271,7 +271,7 @@ def wrapped(inner, policy: str):
 
 
 def averaged(inner):
-    # At `mu_y=0` the inner optimizer trains as alone.
+    # With `mu_y=0` the inner optimizer trains as it does alone.
     return lambda rate: optax.chain(inner(rate), primal_averaging(DECAY, mu_y=0.0))
 
 
@@ -296,10 +296,10 @@ def inner_state(args: argparse.Namespace, data) -> pictures.Figure:
 def print_policies(name: str, ends) -> None:
     print(
         f"\n{name}. Trained: how many of {len(INNERS['SGD'][1])} rates reach "
-        f"{TRAINED[name]:g} % of the test part. Best: that of\nthe least mean loss. "
-        "Better: runs with a lower loss than the inner optimizer alone, rate by rate\n"
-        "and seed by seed, at rates up to the best of the inner optimizer alone, and "
-        "above it.\n"
+        f"{TRAINED[name]:g} % test accuracy. Best: the rate\nwith the lowest mean "
+        "loss. Better: runs with a lower loss than the inner optimizer alone at\nthe "
+        "same rate and seed, for rates up to the best of the inner optimizer alone, "
+        "and\nabove it.\n"
     )
     row = "{:<6}{:<13}{:>12}{:>11}{:>13}{:>19}{:>18}{:>13}{:>9}"
     head = "trained", "best rate", "test %", "1000 x train loss", "minus alone"
@@ -357,7 +357,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         args.seeds = 40 if args.experiment == "cycles" else 10
     parser.check_counts(args, "seeds")
     if args.steps < 1 or args.steps % 100:
-        # So that every k that is tried ends on a sync.
+        # So that the last update is a sync for every k that is tried.
         parser.error(f"--steps must be a positive multiple of 100, got {args.steps}.")
     default = f"robustness_{args.experiment.replace('-', '_')}.png"
     args.out = args.out or pathlib.Path(default)

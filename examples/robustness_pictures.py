@@ -17,7 +17,7 @@ STYLES = (
     (GREEN, "-.", "^"),
     (BLUE, "-", "o"),
 )
-DIVERGED = 10.0  # a loss; slow weights stay finite where the fast ones do not
+DIVERGED = 10.0  # a loss; slow weights stay finite where a run has diverged
 EMA_STYLE = (PURPLE, "--", "v")
 LOSS, ACCURACY = "training loss", "test accuracy, %"
 
@@ -83,12 +83,12 @@ def draw_heat_map(axes: Axes, values, norm, colours, label, text="", more=None) 
     """Draws a grid, with `text` in its cells, and hatches what is not finite.
 
     Args:
-      axes: Where to.
+      axes: Where to draw.
       values: Numbers, shape `[rows, columns]`.
-      norm: A norm of Matplotlib.
+      norm: A Matplotlib norm.
       colours: Name of a colour map.
-      label: What the numbers are.
-      text: Format of a value and of one of `more`.
+      label: Name of the numbers.
+      text: Format string for a value and the one in `more`.
       more: Numbers of the same shape.
     """
     shown = np.ma.masked_invalid(values)

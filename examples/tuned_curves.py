@@ -1,4 +1,4 @@
-"""Figure 5 of the paper: learning curves, each method tuned on as many settings.
+"""Figure 5 of the paper: learning curves of methods tuned on equally many settings.
 
 The experiment `curves` of `robustness.py`.
 """
@@ -29,7 +29,7 @@ K = 5
 SGD_RATES = 2.0 ** np.arange(-8, 2)
 ADAM_RATES = 2.0 ** np.arange(-12, -2)
 EVERY = 10  # updates, between evaluations
-TUNING = 1000  # the first seed to tune on
+TUNING = 1000  # the first of the seeds for tuning
 
 
 def sgd(rate, momentum=0.9):
@@ -49,7 +49,7 @@ class PolyakState(NamedTuple):
 
 
 def polyak(inner: optax.GradientTransformation, start) -> optax.GradientTransformation:
-    """Averages the parameters after all updates but the first `start`."""
+    """Averages the parameters after all updates except the first `start`."""
 
     def init(params):
         return PolyakState(inner.init(params), params, jnp.zeros((), jnp.int32))
@@ -68,8 +68,8 @@ def polyak(inner: optax.GradientTransformation, start) -> optax.GradientTransfor
 
 
 def tunable(steps: int) -> dict[str, Method]:
-    """Returns the methods of figure 5 with as many settings for each."""
-    # As 60, 120 and 160 of the paper's 200 epochs.
+    """Returns the methods of figure 5, with the same number of settings each."""
+    # Like epochs 60, 120 and 160 of the paper's 200.
     drops = {steps * percent // 100: 0.2 for percent in (30, 60, 80)}
     shape = optax.piecewise_constant_schedule(1.0, drops)
 
@@ -130,8 +130,9 @@ def describe(values) -> str:
 def print_curves(name: str, best: dict[str, Method], measured) -> None:
     print(
         f"\n{name}: each at the best of its settings by training loss on other seeds. "
-        "At 30 % of the\nupdates, before the first drop of the rate, 1000 x the loss "
-        "too. Minus SGD: mean ±\nstandard error of the differences seed by seed.\n"
+        "The column at 30 %\nof the updates, before the first drop of the rate, is "
+        "also 1000 x the loss. Minus SGD: mean ±\nstandard error of the differences "
+        "seed by seed.\n"
     )
     row = "{:<11}{:<27}{:>19}{:>19}{:>18}{:>14}{:>15}"
     head = "at 30 % of updates", "1000 x train loss", "minus SGD"

@@ -1,4 +1,4 @@
-"""The mean of the fast weights of many workers, which communicate once a cycle."""
+"""The mean of the fast weights of many workers, which communicate once per cycle."""
 
 from typing import Any
 
@@ -21,32 +21,32 @@ def average_replicas(
 
         pseudo_grads_r = phi_r - mean_s(theta_s)
 
-    Not the mean of `phi_s - theta_s`: this form also makes slow weights equal that
-    differ between replicas, by rounding or because their initial values differ.
+    It is not the mean of `phi_s - theta_s`, since this form also equalizes slow weights
+    that differ between replicas, by rounding or because their initial values differ.
 
     With `optax.sgd(1.0)` after it this is Local SGD, with `optax.sgd(alpha)` Lookahead
-    over workers, with Nesterov momentum DiLoCo, and MuLoCo with Muon as `inner`. With
-    one replica it changes nothing.
+    over workers, with Nesterov momentum DiLoCo, and with Muon as `inner` too MuLoCo.
+    With one replica it changes nothing.
 
     A replica is broken if an element of its fast weights is not finite where its slow
-    weight is. The mean leaves out all its parameters. Its own chain is given the
-    healthy replicas' pseudo-gradient too, so that its state and slow weights stay equal
-    to the others', except for slow weights of the broken elements, which do not change.
-    Where no replica is healthy the pseudo-gradients are 0: momentum and
+    weight is. The mean leaves out all parameters of that replica. Its own chain is
+    given the healthy replicas' pseudo-gradient too, so that its state and slow weights
+    stay equal to the others', except for slow weights of the broken elements, which do
+    not change. Where no replica is healthy the pseudo-gradients are 0: momentum and
     decay may still move the slow weights, which stay finite. All devices of a replica
-    decide together under `jax.vmap` with `spmd_axis_name` and where `jax.shard_map`
-    leaves the axes within a replica automatic. Where these are manual too, each device
-    decides for its shard alone.
+    decide together whether it is broken under `jax.vmap` with `spmd_axis_name`, and
+    where `jax.shard_map` leaves the axes within a replica automatic. Where these axes
+    are manual too, each device decides for its own shard.
 
     All replicas must sync in the same step: `steps_since_sync` must be one number for
     all of them, as with the axes of `replica_axes`. Under `jax.shard_map` with
     `check_vma=True` anything else is refused. Under `jax.vmap` a stack of counters is
     not detected, and then every step communicates. Wrappers that decide for each
-    replica whether to step, such as `optax.apply_if_finite` around the loop, are not
-    supported either.
+    replica whether to step, such as `optax.apply_if_finite` around `outer_loop`, are
+    not supported either.
 
     Args:
-      axis_name: Name of the mapped axis of the replicas, or several names: of
+      axis_name: Name of the axis of the replicas, or a tuple of names, mapped by
         `jax.shard_map`, `jax.vmap` or `jax.pmap`.
 
     Returns:
@@ -54,7 +54,7 @@ def average_replicas(
       of any shapes and dtypes, to the same, and keeps nothing in its state.
 
     Raises:
-      TypeError: If `axis_name` is neither a string nor several.
+      TypeError: If `axis_name` is neither a string nor a tuple of strings.
       ValueError: `update` raises it outside an `outer_loop`, where no such axis is
         mapped, or where JAX's types show that replicas sync at different steps.
 
@@ -184,9 +184,9 @@ def _as_varying(tree: Any, like: Any) -> Any:
 
 
 # Inputs and outputs of a branch are stored in memory. With one branch for all
-# parameters that is 2.7 copies of them on a TPU v5e 4x4 (8 layers, 4 replicas of 4), in
-# buckets 1.8. With 200 arrays a branch for each takes a GPU 40 % longer than one for
-# all, and a branch for every eight 4 % longer.
+# parameters that is 2.7 copies of them on a TPU v5e 4x4 (8 layers, 4 replicas of 4),
+# with buckets 1.8. On a GPU, with 200 arrays, a branch for each array takes 40 % longer
+# than one branch for all, and a branch for every eight arrays 4 % longer.
 _BUCKETS = 16
 
 
@@ -230,7 +230,7 @@ def count_replicas(axis_name: Any, function: str) -> int:
 def _check_same_sync(axis_name: Any, sync: Any) -> int:
     """Returns the number of replicas, and raises unless they sync together.
 
-    As far as JAX knows: under `jax.shard_map` with `check_vma=True` it does.
+    Only under `jax.shard_map` with `check_vma=True` does JAX know whether they do.
     """
     replicas = count_replicas(axis_name, "update")
     names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
@@ -248,6 +248,6 @@ def _check_same_sync(axis_name: Any, sync: Any) -> int:
 def _varying_axes(x: Any) -> frozenset[str]:
     """Returns the axes of `jax.shard_map` over which JAX knows that `x` may differ."""
     kind = jax.typeof(x)
-    # The name in newer versions of JAX, in older ones, and none before these.
+    # `manual_axis_type` in newer versions of JAX, `vma` in older ones, then neither.
     manual = getattr(kind, "manual_axis_type", None)
     return getattr(manual, "varying", getattr(kind, "vma", frozenset()))

@@ -1,4 +1,4 @@
-"""Outer steps of many workers, which exchange their mean during the next steps."""
+"""Outer steps of many workers, whose mean is exchanged during the next inner steps."""
 
 from collections.abc import Callable
 from functools import partial
@@ -57,38 +57,38 @@ def delayed_outer_loop(
 
     With `outer_loop` and `average_replicas` a sync waits for the mean. Here the
     exchange starts `delay` inner steps before the sync that uses the mean. Replica r
-    takes k steps theta_{r,i}, and the outer optimizer one:
+    takes k inner steps, to theta_{r,k}, and the outer optimizer takes one step:
 
         pseudo_grads = phi_{t-1} - mean_r(theta_{r,k-delay})
         phi_t        = phi_{t-1} + outer(pseudo_grads)
         theta_r      = mix * theta_{r,k} + (1 - mix) * phi_t
 
-    The next cycle starts there. With `delay=0` and `mix=0` this is `outer_loop(inner,
-    optax.chain(average_replicas(axis_name), outer), k)`. phi is one global copy, which
-    is never taken from the parameters.
+    The next cycle starts from theta_r. With `delay=0` and `mix=0` this is
+    `outer_loop(inner, optax.chain(average_replicas(axis_name), outer), k)`. phi is one
+    global copy, which never takes the values of the parameters.
 
     The whole cycle is one program, so that the compiler can run the exchange during the
     steps. XLA does that between slices of TPUs; within a slice, and on CPUs, nothing is
     gained. No exchange is pending when a cycle ends, so parameters and both states,
     saved between two cycles, are a complete checkpoint.
 
-    For a part of the parameters that syncs alone, a fragment, let `params` be that
+    For a fragment, a part of the parameters that syncs separately, let `params` be that
     part and put the rest into `state`.
 
     A replica is broken if an element of its fast weights is not finite where phi is. It
-    is left out of the mean with all its parameters; where none is healthy the
-    pseudo-gradients are 0. A slow weight takes only finite values. After the sync a
-    fast weight that was not finite is phi; a broken replica's own state, such as
-    moments that are NaN, is not repaired.
+    is left out of the mean with all its parameters; if no replica is healthy, the
+    pseudo-gradients are 0. A slow weight takes only finite values. The sync sets a fast
+    weight that is not finite to phi; a broken replica's own state, such as moments that
+    are NaN, is not repaired.
 
     Args:
       train_step: One inner step of one replica, a function `(params, state, batch) ->
         (params, state, metrics)`, as `jax.lax.scan` runs it: parameters and state keep
         their shapes and dtypes. With an Optax optimizer inside, `state` is its state.
       outer: The optimizer that takes the slow steps. It sees the floating and complex
-        leaves of the parameters, the others as `optax.MaskedNode`; those are each
-        replica's own.
-      axis_name: Name of the mapped axis of the replicas, or several names: of
+        leaves of the parameters; the others are `optax.MaskedNode`, and each replica
+        keeps its own.
+      axis_name: Name of the axis of the replicas, or a tuple of names, mapped by
         `jax.shard_map` or `jax.vmap`.
       delay: Inner steps during the exchange, an integer in [0, k]: tau in Streaming
         DiLoCo, `fragment_sync_delay` in torchft.
@@ -97,19 +97,19 @@ def delayed_outer_loop(
         only change the inner state. Also a scalar array, whose value is not checked.
 
     Returns:
-      Two functions. `init(params)` returns a `DelayedOuterState`, of which there is one
-      for all replicas: None in the `in_axes` and `out_axes` of `jax.vmap`, `P()` in the
-      specs of `jax.shard_map`. `cycle(params, state, outer_state, batches)` takes k
-      inner steps and the outer one, and returns the new values of the first three and
-      the stacked metrics; the arrays in `batches` have the k steps on their first axis.
+      Two functions. `init(params)` returns a `DelayedOuterState`, which all replicas
+      share: None in the `in_axes` and `out_axes` of `jax.vmap`, `P()` in the specs of
+      `jax.shard_map`. `cycle(params, state, outer_state, batches)` takes k inner steps
+      and the outer one, and returns the new values of the first three and the stacked
+      metrics; the arrays in `batches` have the k steps on their first axis.
 
     Raises:
       TypeError: If `outer` is not a gradient transformation, `axis_name` neither a
-        string nor several, `delay` not a Python integer or a static `mix` not a number.
-        `init` raises it if a leaf is not an array.
+        string nor a tuple of strings, `delay` not a Python integer or a static `mix`
+        not a number. `init` raises it if a leaf is not an array.
       ValueError: If `delay` is negative or a static `mix` outside [0, 1]. `cycle`
-        raises it where no such axis is mapped, if batches are not of the same k steps,
-        if `delay` is larger than k, if `params` are unlike those that `init` saw, or if
+        raises it if no such axis is mapped, if the batches do not all have k steps, if
+        `delay` is larger than k, if `params` are unlike those that `init` saw, or if
         `outer` returns updates of another tree or other shapes.
 
     Examples:
@@ -136,7 +136,8 @@ def delayed_outer_loop(
 
     References:
       Douillard et al., [Streaming DiLoCo with overlapping
-      communication](https://arxiv.org/abs/2501.18512), 2025, Algorithm 2. torchft,
+      communication](https://arxiv.org/abs/2501.18512), 2025, where `delay` is tau and
+      `mix` is alpha. torchft,
       [`local_sgd.py`](https://github.com/meta-pytorch/torchft).
     """
     check_transformation("outer", outer, "optax.sgd(0.7, momentum=0.9, nesterov=True)")

@@ -42,7 +42,7 @@ def invalidate_linesearch_values(
 ) -> Any:
     """Returns the state without the losses that line searches keep for the next step.
 
-    A sync moves the parameters that these are the losses of. Where a loss is infinite,
+    They are losses at the parameters, which a sync moves. Where a loss is infinite,
     `optax.value_and_grad_from_state` computes loss and gradient again.
     """
     searches = (
@@ -147,16 +147,16 @@ def _reset(state: optax.OptState, fresh: optax.OptState) -> optax.OptState:
 
 # Fields that are like the parameters but not moments, by the name of the state's type,
 # since not every version of Optax has or exports all of them. `"interpolate"` does not
-# change them: an average of two of their values means nothing to the optimizer. Weights
-# that an optimizer stores and steps from, such as `z` of schedule-free, are not listed:
-# they are interpolated as the slow weights are.
+# change them: an average of two of their values is meaningless. Weights that an
+# optimizer stores and steps from, such as `z` of schedule-free, are not listed: they
+# are interpolated as the slow weights are.
 _NOT_MOMENTS = {
     # Gradients still to be applied: an average would apply a part of them twice.
     "AccumulateAvgUpdatesState": ("avg_grad",),
     "ApplyEvery": ("grad_acc",),
     "MultiStepsState": ("acc_grads",),
     "PerElementMeanAndSumSqDiffGradsState": ("mean_grads", "sum_sq_diff_grads"),
-    # Of the last step, to be compared with those of the next one.
+    # Values of the last step, to be compared with those of the next one.
     "ScaleByAdanState": ("g",),
     "ScaleByOptimisticGradientState": ("previous_gradient",),
     "ScaleByRpropState": ("prev_updates",),
@@ -197,7 +197,7 @@ def _non_moment_fields(node: Any) -> tuple[str, ...]:
 
 
 def _without_non_moments(state: optax.OptState) -> Any:
-    """Returns the state with 0 in place of each of those fields."""
+    """Returns the state with 0 in place of each field that is not a moment."""
 
     def node(x: Any) -> Any:
         hidden = _non_moment_fields(x)
@@ -270,5 +270,5 @@ def _map_moments(
         lambda params: _without_non_moments(init(params)),
         function,
         fast_state,
-        is_leaf=lambda _: True,  # each of those trees as a leaf
+        is_leaf=lambda _: True,  # each tree that is like the parameters as one leaf
     )

@@ -45,7 +45,7 @@ def lookahead(
     Args:
       inner: The optimizer that takes the fast steps. Extra arguments of `update` are
         forwarded to it.
-      k: Inner steps in a cycle, an integer of at least 1 that int32 holds. Also a
+      k: Inner steps in a cycle, an integer of at least 1 that fits in int32. Also a
         scalar array or tracer, whose value is not checked: below 1, every step syncs.
       alpha: Slow step size in [0, 1], without unit. Also a float scalar array or
         tracer, whose value is not checked, or a schedule: a function from the number
@@ -59,8 +59,9 @@ def lookahead(
           where it was NaN. Fields that count training time do not change: the counts of
           schedules for learning rate and weight decay, the count and hyperparameters of
           `optax.inject_hyperparams`, the state of
-          `optax.contrib.reduce_on_plateau`, the counts of conditions on the step and of
-          the annealing in `optax.add_noise`.
+          `optax.contrib.reduce_on_plateau`, the step counts of
+          `optax.conditionally_mask`, `optax.conditionally_transform` and
+          `optax.add_noise`.
           A count that corrects the bias of moments restarts with them, and so does a
           schedule that an optimizer computes from that count (`optax.contrib.prodigy`,
           `momo` and `dadapt_adamw` do). Random keys restart too, so that their noise
@@ -68,11 +69,11 @@ def lookahead(
         - `"interpolate"`: its moments move to `old + alpha * (now - old)`, where `old`
           is their value at the last sync, of which the state holds a copy. Moments are
           all floating trees that `optax.tree.map_params` finds to be like the
-          parameters, also stored weights, such as `z` of schedule-free. Not changed
-          are scalars and counts, and those trees in Optax's own states that are like
-          the parameters but not moments, from a table: gradients that are being
-          accumulated or compared with the next one, the projector of GaLore, the memory
-          of L-BFGS, initial parameters, sums that belong to estimates of distance,
+          parameters, including stored weights, such as `z` of schedule-free. Scalars
+          and counts do not change. Neither do those trees in Optax's own states that
+          are like the parameters but not moments: gradients that are being accumulated
+          or compared with the next one, the projector of GaLore, the memory of L-BFGS,
+          initial parameters, sums that belong to estimates of distance, and
           measurements. In other states every floating tree that is like the parameters
           is interpolated. A moment that is not finite stays so, as under `"keep"`.
         - A function `(state, fresh) -> state` of the inner state after the cycle's
@@ -88,13 +89,14 @@ def lookahead(
         parameters, in place of the dtype of floating leaves. With bfloat16 parameters
         and `slow_dtype="float32"` the slow weights keep the bits that small steps need:
         a cycle starts from the slow weight unless the parameter differs from it by more
-        than one rounding. It does if it was changed outside the optimizer, or if the
-        update of the sync was larger than the weight and no wider than the parameter;
-        float32 updates stay within that rounding. The fast weights start from the slow
-        weight's rounding and have the parameters' dtype: of updates that are too small
-        for it they keep only the last one of a cycle. With `optax.inject_hyperparams`
-        write the dtype's name: it takes a type such as `jnp.float32` for a schedule,
-        whose result is refused here, unless it is in `static_args`.
+        than one rounding error. It does if it was changed outside the optimizer, or if
+        the update of the sync was larger than the weight and its dtype no wider than
+        the parameter's; float32 updates stay within that error. The fast weights start
+        from the rounded slow weight and have the parameters' dtype: updates that are
+        too small for it are lost, except for the last one of a cycle. With
+        `optax.inject_hyperparams` write the dtype's name: it takes a type such as
+        `jnp.float32` for a schedule, whose result is refused here, unless it is in
+        `static_args`.
       slow_memory_kind: Memory of the slow weights between the start of a cycle and its
         sync: None for that of the parameters, or `"pinned_host"` for that of the
         devices' host, with the same shardings. The first step of a cycle and the one
@@ -116,12 +118,12 @@ def lookahead(
         a `LookaheadState`.
       ValueError: If a static `k` is below 1 or beyond int32, a static `alpha` is
         outside [0, 1], either is an array that is not a scalar, `inner_state` is none
-        of the four, or `slow_memory_kind` neither of the two or without `jax.memory`.
-        `init` raises it if `slow_dtype` is narrower than a parameter, the state of
-        `inner` cannot be interpolated, or a device lacks that memory; `update` without
-        `params`, with `params` that are unlike those that `init` saw or wider than the
-        slow weights of the state, or if the function `inner_state` returns another
-        tree, other shapes or other dtypes.
+        of the four, or `slow_memory_kind` is neither of the two or this JAX has no
+        `jax.memory`. `init` raises it if `slow_dtype` is narrower than a parameter, the
+        state of `inner` cannot be interpolated, or a device lacks that memory. `update`
+        raises it without `params`, with `params` that are unlike those that `init` saw
+        or wider than the slow weights of the state, or if the function `inner_state`
+        returns another tree, other shapes or other dtypes.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
@@ -159,14 +161,14 @@ def outer_loop(
 ) -> optax.GradientTransformationExtraArgs:
     """Lets an outer optimizer take a step after every k steps of an inner one.
 
-    Its gradient is the pseudo-gradient, which is the slow weights minus the fast ones,
-    and its parameters are the slow weights:
+    The outer optimizer's gradient is the pseudo-gradient, which is the slow weights
+    minus the fast ones, and its parameters are the slow weights:
 
         theta_{t,0} = phi_{t-1}
         theta_{t,i} = theta_{t,i-1} + inner(...)                    i = 1, ..., k
         phi_t       = phi_{t-1} + outer(phi_{t-1} - theta_{t,k})
 
-    With `optax.sgd(alpha)` as `outer` this is `lookahead(inner, k, alpha)`, to
+    With `optax.sgd(alpha)` as `outer` this is `lookahead(inner, k, alpha)`, up to
     rounding; with Nesterov momentum it is SNOO, and DiLoCo and MuLoCo with one worker;
     with heavy-ball momentum SlowMo, at a constant learning rate and with one worker.
     For several workers put `average_replicas` before the outer optimizer.
@@ -180,10 +182,10 @@ def outer_loop(
       inner: The optimizer that takes the fast steps. Extra arguments of `update` are
         forwarded to it, except `outer_args`.
       outer: The optimizer that takes the slow steps. It is evaluated in every step, but
-        its result is used only at a sync; on other steps its gradient is 1, where every
-        optimizer has derivatives. So its state changes only at a sync, and a schedule
-        inside it counts syncs. It sees the floating and complex leaves of the
-        parameters, the others as `optax.MaskedNode`. Extra arguments of `update` are
+        its result is used only at a sync; on other steps its gradient is 1, at which
+        optimizers are differentiable. So its state changes only at a sync, and a
+        schedule inside it counts syncs. It sees the floating and complex leaves of the
+        parameters; the others are `optax.MaskedNode`. Extra arguments of `update` are
         forwarded to it, and those in a dict `outer_args` to it alone. It also gets
         `inner_step`, an `InnerStep` that describes the inner step that ends the cycle.
       k: As in `lookahead`.
@@ -193,13 +195,13 @@ def outer_loop(
       slow_memory_kind: As in `lookahead`. The outer state stays on the device.
 
     Returns:
-      A `GradientTransformationExtraArgs` as of `lookahead`, whose state holds the
-      outer optimizer's in `outer_state`.
+      A `GradientTransformationExtraArgs` as from `lookahead`, whose state holds that of
+      the outer optimizer in `outer_state`.
 
     Raises:
-      TypeError: As `lookahead`, and if `outer` is not a gradient transformation or
+      TypeError: As for `lookahead`, and if `outer` is not a gradient transformation or
         `outer_args` not a dict.
-      ValueError: As `lookahead`, and if `inner_state` is `"interpolate"`. `update`
+      ValueError: As for `lookahead`, and if `inner_state` is `"interpolate"`. `update`
         raises it if `outer` returns updates or a state of another tree or other
         shapes than it was given, or if an extra argument is named `inner_step`.
 

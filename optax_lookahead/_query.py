@@ -90,7 +90,7 @@ def slow_params(
             masks += masked_paths(state.direction)
             continue
         masks += masked_paths(state.slow_params)
-        # Its leaf, since `nnx.Optimizer` wraps it in a variable, and `==` compares
+        # The leaf, since `nnx.Optimizer` wraps it in a variable, and `==` compares
         # variables as objects.
         (steps_since_sync,) = jax.tree.leaves(state.steps_since_sync)
         check_unstacked(steps_since_sync)
@@ -105,7 +105,7 @@ def slow_params(
             elif is_inexact(phi) or not is_inexact(p):
                 held = jnp.asarray(phi, jnp.result_type(p))
                 slow[path] = jnp.where(start & is_finite(p), p, held)
-            # Else the loop turned integers into floats, which phi has truncated.
+            # Otherwise the loop turned integers into floats, which phi has truncated.
         within = set()
         for outer in _states(state.outer_state, (ExtrapolationState,)):
             _extrapolate_back(slow, outer, params, within, wide=wide)
@@ -126,7 +126,7 @@ def is_lookahead_state(node: Any) -> bool:
 def outermost_states(
     opt_state: optax.OptState, types: tuple[type, ...] = (LookaheadState,)
 ) -> list[Any]:
-    """Returns the states of these types that are in no other; raises without one."""
+    """Returns the outermost states of these types, and raises if there are none."""
     states = _states(opt_state, types)
     if not states:
         raise ValueError(
@@ -183,11 +183,11 @@ def masked_paths(slow: Any) -> list[Any]:
 
 
 def in_tree_of(params: Any, slow: Any) -> Any:
-    """Returns `slow` in the tree of `params`, where a wrapper changed the tree."""
+    """Returns `slow` in the tree of `params`, which a wrapper may have changed."""
     slow = merged(slow)
     if not all_leaves([slow]) or all_leaves([params]):
         return slow
-    # `optax.flatten` made one vector of the parameters, or of their parts.
+    # `optax.flatten` made one vector of the parameters, or of real and imaginary parts.
     wide = jax.tree.map(lambda p: copy(p, slow.real.dtype), params)
     for whole in (wide, jax.tree.map(split, wide)):
         vector, unravel = ravel_pytree(whole)
@@ -206,7 +206,7 @@ def in_tree_of(params: Any, slow: Any) -> Any:
 @functools.cache
 def _split_complex_type() -> Any:
     """Returns the type of what `split_real_and_imaginary` makes of a complex array."""
-    # Optax exports no name of it.
+    # Optax does not export this type.
     split = optax.contrib.split_real_and_imaginary(optax.trace(0.0))
     state: Any = split.init(jnp.zeros([], jnp.complex64))
     return type(state.inner_state.trace)

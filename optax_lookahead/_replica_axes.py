@@ -1,4 +1,4 @@
-"""Which arrays of an optimizer's state every replica has its own values of."""
+"""Which arrays of an optimizer's state are different for each replica."""
 
 from typing import Any
 
@@ -25,13 +25,13 @@ _SHARED_FIELDS = {
 def replica_axes(opt_state: optax.OptState) -> Any:
     """Returns the axis of the replicas for each array of an optimizer's state.
 
-    Each replica has its own values of an array, with the replicas on axis 0. The
+    Each replica has its own values of most arrays, with the replicas on axis 0. The
     exceptions decide when to sync: all replicas share one value, and the axis is None.
     These are `steps_since_sync` and `sync_count` of every lookahead state, and the
     fields of wrappers around it that decide whether it steps, such as the counters of
-    `optax.MultiSteps` and the hyperparameters of `optax.inject_hyperparams`. A wrapper
-    inside the inner or the outer optimizer is each replica's own, unless there is a
-    lookahead in it too.
+    `optax.MultiSteps` and the hyperparameters of `optax.inject_hyperparams`. Each
+    replica has its own state of a wrapper inside the inner or the outer optimizer,
+    unless there is a lookahead in it too.
 
     Args:
       opt_state: State of the optimizer of one replica, from its `init`, or its shapes,

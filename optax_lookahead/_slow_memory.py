@@ -1,8 +1,9 @@
 """The memory that holds the slow weights between the start of a cycle and its sync.
 
-In host memory each array is copied by a loop of at most one iteration, in the steps
-that need it. Not by `jax.lax.cond`: XLA for TPUs compiles no conditional with a branch
-that only writes host memory, nor nested ones, and it takes more temporaries.
+With host memory, a loop of at most one iteration copies each array in the steps that
+need it. `jax.lax.cond` is not used: XLA for TPUs can compile neither conditionals with
+a branch that only writes host memory nor nested ones, and conditionals take more
+temporaries.
 """
 
 from collections.abc import Callable
@@ -20,13 +21,15 @@ class Memory(NamedTuple):
     """How a step accesses the slow weight of one parameter in its memory.
 
     It is accessed if one of the flags holds. Otherwise the result of `read` is not
-    used, and update and slow weight do not change.
+    used, and update and slow weight do not change. `read` and `update` take a
+    function of one parameter p, its update u and its slow weight, and return it for
+    this memory; phi is the slow weight at the start of the cycle.
     """
 
     init: Callable[..., Any]  # slow -> slow
-    read: Callable[..., Any]  # leaf, *flags -> leaf; leaf: p, slow, u -> phi
-    update: Callable[..., Any]  # leaf, *flags -> leaf; leaf: p, u, slow -> u, slow
-    write: Callable[..., Any]  # *flags -> leaf; leaf: new, slow -> slow
+    read: Callable[..., Any]  # (p, slow, u -> phi), *flags -> the same
+    update: Callable[..., Any]  # (p, u, slow -> u, slow), *flags -> the same
+    write: Callable[..., Any]  # *flags -> (new, slow -> slow)
 
 
 def memory(kind: SlowMemoryKind | None) -> Memory:
@@ -37,10 +40,10 @@ def memory(kind: SlowMemoryKind | None) -> Memory:
 
 
 def to_host(x: Any) -> Any:
-    """Returns the array in the host's memory, or the shape of one there."""
+    """Returns the array, or the `ShapeDtypeStruct`, in the memory of the host."""
     if not isinstance(x, jax.ShapeDtypeStruct):
         return x if _is_on_host(x) else jax.device_put(x, jax.memory.Space.Host)
-    if x.sharding is None:  # it has no field for the memory then
+    if x.sharding is None:  # which would have the kind of memory
         return x
     return x.update(sharding=x.sharding.with_memory_kind("pinned_host"))
 
@@ -84,8 +87,8 @@ def _read_there(leaf: Any, *flags: Any) -> Any:
     flag = _one_for_all(flags)
 
     def read(p: Any, slow: Any, u: Any = None) -> Any:
-        # Not before the update: a compiler that reads all of them early holds a copy of
-        # the parameters through the backward pass.
+        # Only after the update: a compiler that reads all slow weights early keeps a
+        # copy of the parameters in memory during the backward pass.
         now, _ = jax.lax.optimization_barrier((flag, u))
         return _once(now, lambda _: leaf(p, to_device(slow)), _unread(p, slow))
 
@@ -93,9 +96,9 @@ def _read_there(leaf: Any, *flags: Any) -> Any:
 
 
 def _unread(p: Any, slow: Any) -> Any:
-    """Returns ones, where optimizers are finite, with the sharding and type of p."""
+    """Returns ones, at which optimizers are finite, with the sharding and type of p."""
     p = jnp.asarray(p, slow.dtype)
-    # As a choice, since `jax.shard_map` knows that p differs between devices.
+    # By `where`, since the type of p in `jax.shard_map` says that devices differ.
     return jnp.where(True, jnp.ones_like(p), p) if is_inexact(p) else p
 
 
@@ -132,7 +135,7 @@ def _once(flag: Any, turn: Callable[[Any], Any], init: Any) -> Any:
 
 
 def _one_for_all(flags: Any) -> Any:
-    """Returns whether one of the flags is set, and raises if `jax.vmap` has a stack."""
+    """Returns whether one of the flags is set; raises if `jax.vmap` maps over them."""
     return _unbatched(jnp.any(jnp.stack(flags)))
 
 

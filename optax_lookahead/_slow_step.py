@@ -32,8 +32,8 @@ def outer_step(
 ) -> tuple[Any, Any]:
     """Returns what `outer` adds to the slow weights at a sync, and its state."""
     sync = inner_step.sync
-    # On other steps its result is dropped. It is then given 1: many optimizers have no
-    # derivative at 0, and 0 times an infinite derivative would be NaN.
+    # On other steps its result is dropped. Its gradient is then 1: many optimizers have
+    # no derivative at 0, and 0 times an infinite derivative would be NaN.
     grads = jax.tree.map(lambda g: jnp.where(sync, g, jnp.ones_like(g)), pseudo_grads)
     slow_updates, outer_state = outer.update(
         grads,

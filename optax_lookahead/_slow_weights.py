@@ -24,7 +24,7 @@ def cycle_start(start: Any, p: Any, slow: Any) -> Any:
     held = jnp.asarray(p, slow.dtype)
     if is_wider(slow, p):
         # Unless p is the slow weight rounded to its dtype. Near zero, where float16 has
-        # subnormal numbers, that rounding is coarser than its eps.
+        # subnormal numbers, that rounding is coarser than eps.
         narrow = jnp.finfo(jnp.result_type(p))
         size = jnp.maximum(jnp.abs(slow), float(narrow.tiny))
         start &= ~(is_finite(slow) & (jnp.abs(held - slow) <= float(narrow.eps) * size))
@@ -52,7 +52,7 @@ def is_intact(phi: Any, finite: Any) -> Any:
 
 
 def interpolate(sync: Any, alpha: Any, p: Any, u: Any, phi: Any) -> tuple[Any, Any]:
-    """Returns update and slow weight: at a sync phi moves alpha towards p + u."""
+    """Returns update and slow weight: at a sync phi moves towards p + u by alpha."""
     if u is None or not is_inexact(phi):
         return _without_slow_step(sync, p, u, phi)
     g = pseudo_gradient(p, u, phi)
@@ -63,7 +63,7 @@ def interpolate(sync: Any, alpha: Any, p: Any, u: Any, phi: Any) -> tuple[Any, A
     back = jnp.asarray(1 - alpha, g.dtype) * jnp.where(finite, g, jnp.zeros_like(g))
     step = jnp.asarray(u, g.dtype) + back
     if isinstance(alpha, jax.Array) or alpha == 0:
-        # Then `u + g` would miss phi by a rounding error of u, at every sync.
+        # If alpha is 0, `u + g` would miss phi by a rounding error of u at every sync.
         to_phi = jnp.asarray(phi, g.dtype) - jnp.asarray(p, g.dtype)
         step = jnp.where((alpha == 0) & finite, to_phi, step)
     return _sync(sync, p, u, phi, step)
@@ -114,7 +114,7 @@ def _sync_wide(
 
 
 def _without_slow_step(sync: Any, p: Any, u: Any, phi: Any) -> tuple[Any, Any]:
-    """Returns update and slow weight of what is frozen or discrete: phi follows p."""
+    """Returns update and slow weight of a frozen or discrete leaf: phi follows p."""
     if u is None:
         return None, cycle_start(sync, p, phi)
     slow = jnp.asarray(optax.apply_updates(p, u), phi.dtype)

@@ -15,11 +15,12 @@ class LookaheadState(NamedTuple):
     Attributes:
       fast_state: State of the inner optimizer.
       slow_params: The slow weights phi, with the tree, shapes and shardings of the
-        parameters, and their dtypes or the wider `slow_dtype`. Read them with
+        parameters, and their dtypes or the wider `slow_dtype`; in host memory with
+        `slow_memory_kind`. Read them with
         `optax_lookahead.slow_params`: at the start of a cycle the parameters themselves
         are the slow weights.
       steps_since_sync: Inner steps taken in this cycle, in `[0, k)`.
-      sync_count: Completed cycles, saturating. A schedule for alpha is given this.
+      sync_count: Completed cycles, saturating. Schedules for alpha are given it.
       outer_state: State of the outer optimizer; empty for `lookahead`.
       anchor: The inner state's moments at the last sync, a tuple of trees, under
         `inner_state="interpolate"`; empty otherwise.
@@ -94,7 +95,7 @@ def select(condition: jax.typing.ArrayLike, new: Any, old: Any) -> Any:
 
 
 def copy(p: Any, dtype: jax.typing.DTypeLike | None = None) -> Any:
-    """Returns a new array of `p`'s values, or the shape of one if `p` is only that.
+    """Returns a new array of `p`'s values, or a `ShapeDtypeStruct` if `p` is one.
 
     `dtype` is for floating and complex leaves; a complex one takes its precision.
     """
@@ -111,7 +112,7 @@ def copy(p: Any, dtype: jax.typing.DTypeLike | None = None) -> Any:
 
 
 def is_inexact(x: Any) -> bool:
-    """Returns whether the dtype is floating or complex, so that it has fractions."""
+    """Returns whether the dtype is floating or complex."""
     return jnp.issubdtype(jnp.result_type(x), jnp.inexact)
 
 
@@ -137,7 +138,7 @@ def is_finite(x: Any, like: Any = None) -> Any:
     narrow = own if own.max <= held.max else held
     if narrow.bits >= 32:
         return jax.lax.is_finite(x)
-    if narrow.bits < 16:  # of which some have no infinity
+    if narrow.bits < 16:  # some of these dtypes have no infinity
         return jnp.abs(jnp.asarray(x, jnp.float32)) <= float(narrow.max)
     # Rounded explicitly: a compiler may leave out the rounding of `astype`.
     return jax.lax.is_finite(jax.lax.reduce_precision(x, narrow.nexp, narrow.nmant))

@@ -24,13 +24,14 @@ from ._state import LookaheadState, copy
 
 
 def set_slow_params(opt_state: optax.OptState, params: optax.Params) -> Any:
-    """Makes the given weights the slow weights, in mid-cycle too.
+    """Makes the given weights the slow weights, also within a cycle.
 
-    For parameters that the training loop overwrites: a head that is reset, adapters
-    that are merged, the best weights reloaded. Without it the next sync partly undoes
-    the change: `lookahead` moves the parameters back by `1 - alpha` of the distance to
-    their values at the start of the cycle. At the start of a cycle nothing has to be
-    done: there the slow weights are the parameters that the next update is given.
+    Use it for parameters that the training loop overwrites: a head that is reset,
+    adapters that are merged, the best weights reloaded. Otherwise the next sync partly
+    undoes the change: `lookahead` moves the parameters back by `1 - alpha` of the
+    distance to their values at the start of the cycle. At the start of a cycle nothing
+    has to be done: there the slow weights are the parameters that the next update is
+    given.
 
     The counters do not change: the cycle of the other parameters continues, fragments
     and replicas still sync at the same steps as each other, and the next sync of the
@@ -49,9 +50,9 @@ def set_slow_params(opt_state: optax.OptState, params: optax.Params) -> Any:
       The state with those slow weights, of the same tree, shapes and dtypes.
 
     Raises:
-      ValueError: If `opt_state` holds no lookahead state; if it holds no slow copy of
-        one of the parameters, which no mask leaves out, or one of another shape; or if
-        only a part is given of the parameters that `optax.flatten` makes a vector of.
+      ValueError: If `opt_state` holds no lookahead state; if it holds no slow copy of a
+        parameter that no mask leaves out, or one of another shape; or if only a part is
+        given of the parameters that `optax.flatten` joined into a vector.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -142,8 +143,8 @@ def with_inner_state(
       where the policy needs them.
 
     Raises:
-      TypeError: If `tx` is not a gradient transformation from one of these two, or
-        `state` is not a `LookaheadState`.
+      TypeError: If `tx` is not a gradient transformation from `lookahead` or
+        `outer_loop`, or `state` is not a `LookaheadState`.
       ValueError: If the leaves of `inner_state` or of the outer state have other shapes
         than those of `tx`, or if the state of `inner` cannot be interpolated.
 
@@ -203,7 +204,7 @@ def with_inner_state(
 
 
 def _vector(tree: Any, slow: Any) -> Any:
-    """Returns the one vector that `optax.flatten` makes of the tree or its parts."""
+    """Returns the vector that `optax.flatten` makes of the tree, split if complex."""
     for whole in (tree, jax.tree.map(split, tree)):
         vector, _ = ravel_pytree(whole)
         if vector.shape == jnp.shape(slow):
@@ -212,7 +213,7 @@ def _vector(tree: Any, slow: Any) -> Any:
 
 
 def _check_shapes(rule: str, given: Any, expected: Any, remedy: str) -> None:
-    # Not the trees, since those of an `nnx.Optimizer` have its variables in them.
+    # Not the trees, since the states of an `nnx.Optimizer` hold its variables.
     got, wanted = (
         [jnp.shape(x) for x in jax.tree.leaves(tree)] for tree in (given, expected)
     )

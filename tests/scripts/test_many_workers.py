@@ -152,13 +152,17 @@ ENTRY %main (x: (s32[], f32[8]), y: f32[8]) -> f32[8] {
 
 
 def test_what_is_sent_is_counted_by_the_side_of_the_loop_on_which_it_stands():
-    around_loop = delayed.around_loop
-    counted = dict.fromkeys(("starts", "dones"), 3) | {"bytes": 2 * 32, "loops": 2}
-    assert around_loop(SENDS, 4) == counted | {"before the loop": 2, "after it": 2}
-    assert around_loop(SENDS, 6) == counted | {"before the loop": 0, "after it": 3}
-    assert around_loop(SENDS, 5) == counted | {"before the loop": 0, "after it": 0}
+    def around(trips):
+        found = delayed.around_loop(SENDS, trips)
+        assert found["starts"] == found["completions"] == 3
+        assert (found["bytes"], found["loops"]) == (2 * 32, 2)
+        return found["started before the loop"], found["completed after it"]
+
+    assert around(4) == (2, 2)
+    assert around(6) == (0, 3)
+    assert around(5) == (0, 0)
     with pytest.raises(ValueError, match="not in the order of its schedule"):
-        around_loop(SENDS.replace("is_scheduled", "was_scheduled"), 4)
+        delayed.around_loop(SENDS.replace("is_scheduled", "was_scheduled"), 4)
 
 
 @pytest.mark.slow
