@@ -102,7 +102,8 @@ def average_replicas(
             raise ValueError(
                 "`inner_step` must be what `outer_loop` passes to its outer optimizer, "
                 f"got {inner_step!r}. Write `outer_loop(inner, "
-                "average_replicas(axis_name), k)`."
+                "optax.chain(average_replicas(axis_name), outer), k)`, or leave it out "
+                "in `delayed_outer_loop`, which averages by itself."
             )
         sync = inner_step.sync
         replicas = _check_same_sync(axis_name, sync)

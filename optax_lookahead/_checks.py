@@ -221,7 +221,7 @@ def check_update(params: Any, state: Any, slow_dtype: Any) -> None:
         raise TypeError(
             "`state` must be a `LookaheadState` of `optax_lookahead`, got a "
             f"{describe_state(state)}. Pass what `init` or `update` of this "
-            "transformation returned."
+            "transformation returned; restore a checkpoint into what `init` returned."
         )
     check_unstacked(state.steps_since_sync)
     check_same_tree(params, state.slow_params)

@@ -97,7 +97,7 @@ def slow_params(
         start = steps_since_sync == 0
         on_device = jax.tree.map(to_device, state.slow_params)
         for path, phi in jax.tree.leaves_with_path(in_tree_of(params, on_device)):
-            _see(path, seen)
+            see(path, seen)
             check_leaf(path, slow, phi)
             p = slow[path]
             if wide:
@@ -156,13 +156,13 @@ def _extrapolate_back(
     (coefficient,) = jax.tree.leaves(state.coefficient)
     check_unstacked(coefficient, "coefficient")
     for path, d in jax.tree.leaves_with_path(in_tree_of(params, state.direction)):
-        _see(path, seen)
+        see(path, seen)
         check_leaf(path, slow, d)
         point = evaluation_point(slow[path], coefficient, d)
         slow[path] = point if wide else point.astype(jnp.result_type(slow[path]))
 
 
-def _see(path: Any, seen: set[Any]) -> None:
+def see(path: Any, seen: set[Any]) -> None:
     """Adds the path, and raises if it is there already."""
     if path in seen:
         raise ValueError(

@@ -16,6 +16,7 @@ from ._query import (
     masked_paths,
     merged,
     outermost_states,
+    see,
     split,
 )
 from ._slow_memory import to_device, to_memory_of
@@ -51,8 +52,9 @@ def set_slow_params(opt_state: optax.OptState, params: optax.Params) -> Any:
 
     Raises:
       ValueError: If `opt_state` holds no lookahead state; if it holds no slow copy of a
-        parameter that no mask leaves out, or one of another shape; or if only a part is
-        given of the parameters that `optax.flatten` joined into a vector.
+        parameter that no mask leaves out, one of another shape, or two that are not
+        nested, as in the states of two models; or if only a part is given of the
+        parameters that `optax.flatten` joined into a vector.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -107,7 +109,12 @@ def set_slow_params(opt_state: optax.OptState, params: optax.Params) -> Any:
     def everywhere(tree: Any) -> Any:
         return jax.tree.map(node, tree, is_leaf=is_lookahead_state)
 
-    outermost_states(opt_state)  # raises if there is none
+    seen: set[Any] = set()
+    for state in outermost_states(opt_state):  # raises if there is none
+        slow = jax.tree.map(to_device, state.slow_params)
+        for path, _ in jax.tree.leaves_with_path(in_tree_of(params, slow)):
+            if path in given:
+                see(path, seen)  # raises if two states have it
     opt_state = everywhere(opt_state)
     check_known(given, taken, masks)
     return opt_state

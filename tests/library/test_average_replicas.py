@@ -512,7 +512,7 @@ def test_the_mean_does_not_overflow_where_the_sum_would(dtype):
 
 def test_outside_an_outer_loop_it_is_refused_with_the_remedy():
     tx = optax.chain(average_replicas(NAME), optax.sgd(0.5))
-    message = "Write `outer_loop(inner, average_replicas(axis_name), k)`."
+    message = "`outer_loop(inner, optax.chain(average_replicas(axis_name), outer), k)`"
     with pytest.raises(ValueError, match=re.escape(message)):
         tx.update(jnp.ones(2), tx.init(jnp.ones(2)), jnp.ones(2))
 

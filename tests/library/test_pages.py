@@ -10,6 +10,7 @@ import re
 import sys
 import tomllib
 
+import chex
 import equinox as eqx
 import flax.serialization
 import jax
@@ -184,6 +185,80 @@ def test_the_recipe_for_batch_norm_has_the_statistics_of_the_slow_weights(capsys
     expected = jnp.mean(hidden, 0)
     assert np.max(np.abs(got - expected)) < 0.05
     assert np.max(np.abs(of_fast - expected)) > 0.2
+
+
+def test_a_train_state_and_the_slow_weights_are_saved_and_restored():
+    namespace = run_block("resume-linen")
+    state, step = namespace["state"], namespace["train_step"]
+    straight = namespace["create"]()
+    for _ in range(7):
+        straight = step(straight)
+    slow = slow_params(straight.opt_state, straight.params)
+    jax.tree.map(np.testing.assert_array_equal, namespace["params"], slow)
+    assert state.step == 7
+    assert straight.opt_state[1].steps_since_sync == 2
+    for _ in range(6):
+        straight, state = step(straight), step(state)
+    for kind in ("params", "opt_state"):
+        got, expected = getattr(state, kind), getattr(straight, kind)
+        jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+def test_new_moments_with_the_count_of_the_schedule():
+    namespace = run_block("surgery-schedule")
+    adam, schedule = namespace["state"].fast_state
+    assert (adam.count, schedule.count) == (0, 93)
+    assert not np.any(adam.mu["w"])
+    params, state = namespace["params"], namespace["state"]
+    updates, _ = namespace["tx"].update({"w": jnp.ones(3)}, state, params)
+    rate = optax.cosine_decay_schedule(0.1, 100)(93)
+    np.testing.assert_allclose(updates["w"], -rate, rtol=1e-5)
+
+
+def test_parameters_that_take_turns_inside_lookahead_are_moved_back_at_syncs():
+    def turn(which):
+        return optax.conditionally_mask(optax.sgd(1.0), lambda step: step % 2 == which)
+
+    # Sums of gradients of -1: in a cycle of four steps each moves two, of which half
+    # is kept.
+    tx = lookahead(optax.partition({0: turn(0), 1: turn(1)}, {"d": 0, "g": 1}), 4, 0.5)
+    start = {"d": jnp.zeros(()), "g": jnp.zeros((2, 3))}
+    params, _ = scanned(
+        tx, start, lambda p, step: jax.tree.map(lambda x: x - x - 1, p), 8
+    )
+    np.testing.assert_array_equal(params["d"], [1, 1, 2, 1, 2, 2, 3, 2])
+    np.testing.assert_array_equal(params["g"][:, 1, 2], [0, 1, 1, 1, 1, 2, 2, 2])
+
+
+def test_two_players_sync_together_after_both_have_moved():
+    namespace = run_block("two-players")
+    optimizers = namespace["optimizers"]
+    # Again as a plain loop, in which both are moved back after every fifth turn.
+    slow = params = {
+        "d": {
+            "w": jax.random.normal(namespace["keys"][0], (2, 8)),
+            "v": jax.random.normal(namespace["keys"][1], (8, 1)),
+        },
+        "g": {"w": jax.random.normal(namespace["keys"][2], (4, 2)), "scale": 1.0},
+    }
+    states = {name: tx.init(params[name]) for name, tx in optimizers.items()}
+
+    def loss(own, name, params, real, noise):
+        return namespace["loss_fns"]({**params, name: own}, real, noise)[name]
+
+    for step in range(1, 24):
+        key = jax.random.key(step - 1)
+        real = jax.random.normal(key, (16, 2)) + 2
+        noise = jax.random.normal(jax.random.fold_in(key, 1), (16, 4))
+        for name in ("d", "g"):
+            grads = jax.grad(loss)(params[name], name, params, real, noise)
+            updates, states[name] = optimizers[name].update(grads, states[name])
+            moved = optax.apply_updates(params[name], updates)
+            params = params | {name: moved}
+        if step % 5 == 0:
+            slow = params = jax.tree.map(lambda s, p: (s + p) / 2, slow, params)
+    chex.assert_trees_all_close(namespace["params"], params, rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(namespace["slow"], slow, rtol=1e-4, atol=1e-5)
 
 
 def test_gradients_are_clipped_alike_before_lookahead_and_inside():

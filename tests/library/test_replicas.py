@@ -440,9 +440,10 @@ def test_a_checkpoint_without_an_axis_on_the_counts_continues(x64, tmp_path):
 
 @pytest.mark.parametrize("restart", [5, 6, 7])
 @pytest.mark.parametrize("name", slow_but(["adamw"], ["adamw", "prodigy"]))
-def test_a_broken_replica_restarts_from_a_healthy_one(x64, name, restart):
+def test_a_broken_replica_is_replaced_by_a_copy_of_a_healthy_one(x64, name, restart):
     row, broken, healthy = ROWS[name], 1, 3
-    restart_one = run_block("many-workers-restart")["restart"]
+    page = run_block("many-workers-another-number")
+    rows = [healthy if r == broken else r for r in range(R)]
 
     def breaks(params):
         return params | {"up": params["up"].at[..., 0, 0].set(jnp.nan)}
@@ -455,14 +456,16 @@ def test_a_broken_replica_restarts_from_a_healthy_one(x64, name, restart):
             ), state
         if step == restart:
             assert np.isnan(np.asarray(params["up"][broken])).all()
-            return restart_one(broken, healthy, row.tx(0), params, state)
+            is_healthy = page["is_healthy"](params)
+            assert is_healthy.tolist() == [r != broken for r in range(R)]
+            return page["take_replicas"](rows, params, state)
         return params, state
 
     def after_by_hand(step, fast, states, slow):
         if step == 4:
             fast[broken] = breaks(fast[broken])
         if step == restart:
-            fast[broken], states[broken] = slow, row.inner(broken).init(slow)
+            fast[broken], states[broken] = fast[healthy], states[healthy]
 
     steps = problem("float64", 2 * K + 1)
     run = list(train(row, "vmap", *steps, after))
@@ -677,8 +680,8 @@ def test_fragments_sync_at_different_steps():
     assert final_difference(page["params"], row, *problem) < 1e-5
 
 
-def test_another_number_of_replicas_continues_from_one():
-    for_replicas = run_block("many-workers-another-number")["for_replicas"]
+def test_another_number_of_replicas_continues_from_copies():
+    take_replicas = run_block("many-workers-another-number")["take_replicas"]
     outer = optax.sgd(0.7, momentum=0.9)
     tx = averaged(optax.sgd(0.1, momentum=0.5), 2, outer)
 
@@ -692,9 +695,11 @@ def test_another_number_of_replicas_continues_from_one():
     state = jax.vmap(tx.init, out_axes=axes)(params)
     targets = jnp.asarray(np.random.default_rng(0).normal(size=(8, 3)), jnp.float32)
     slow, trace = np.zeros(3), np.zeros(3)
-    for cycle, replicas in enumerate((4, 2, 8), 1):
-        params, state = for_replicas(replicas, tx, params, state)
-        momenta, fast = np.zeros((replicas, 3)), np.tile(slow, (replicas, 1))
+    momenta = np.zeros((4, 3))
+    for cycle, rows in enumerate(([0, 1, 2, 3], [2, 0], [0, 1] * 4), 1):
+        params, state = take_replicas(rows, params, state)
+        replicas, momenta = len(rows), momenta[rows]
+        fast = np.tile(slow, (replicas, 1))
         for _ in range(2):
             params, state = train_step(params, state, targets[:replicas])
             momenta = (fast - np.asarray(targets[:replicas])) + 0.5 * momenta
@@ -703,6 +708,16 @@ def test_another_number_of_replicas_continues_from_one():
         slow = slow - 0.7 * trace
         np.testing.assert_allclose(params, np.tile(slow, (replicas, 1)), rtol=1e-4)
         assert state.sync_count == cycle
+
+
+def test_the_recorded_spread_leaves_out_a_broken_replica():
+    page = run_block("many-workers-spread")
+    params, state = page["init"](page["key"])
+    params["w"] = params["w"].at[2, 0, 0].set(jnp.nan)
+    for step in range(1, page["K"] + 1):
+        params, state = page["train_step"](params, state, page["batch"](step))
+    norms = np.asarray(state.outer_state[0])
+    assert np.isnan(norms).tolist() == [r == 2 for r in range(page["REPLICAS"])]
 
 
 def test_the_recorded_spread_is_the_distance_of_workers_from_their_mean(capsys):

@@ -210,14 +210,18 @@ def test_slow_params_behind_a_mask_that_hides_everything():
         slow_params(state, PARAMS)
 
 
-def test_slow_params_of_two_lookaheads_that_claim_the_same_parameter():
-    state = optax.chain(TX, TX).init(PARAMS)
+def test_two_lookaheads_that_claim_the_same_parameter():
     message = (
         "`opt_state` must hold one slow copy of each parameter, got two of ['b']. "
         "Pass the sub-state that you want."
     )
-    with pytest.raises(ValueError, match=re.escape(message)):
-        slow_params(state, PARAMS)
+    for state in (optax.chain(TX, TX).init(PARAMS), {"d": STATE, "g": STATE}):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            slow_params(state, PARAMS)
+        with pytest.raises(ValueError, match=re.escape(message)):
+            set_slow_params(state, PARAMS)
+        with pytest.raises(ValueError, match=re.escape(message)):
+            set_slow_params(state, {"b": PARAMS["b"]})
 
 
 @pytest.mark.parametrize(
