@@ -282,7 +282,12 @@ def check_known(
     for path, p in params.items():
         masked = any(path[: len(mask)] == mask for mask in masks)
         if path not in with_slow_copy and not masked:
-            raise _mismatch(f"shape {jnp.shape(p)} at {describe_path(path)}", "no leaf")
+            raise ValueError(
+                "`params` must hold only parameters that `init` saw, got shape "
+                f"{jnp.shape(p)} at {describe_path(path)}, where the state has no "
+                "leaf. Leave it out, as the `wrt` of an `nnx.Optimizer` does, or start "
+                "a new state with `init`."
+            )
 
 
 def check_unstacked(

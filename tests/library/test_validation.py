@@ -501,8 +501,8 @@ def test_a_gradient_of_none_that_leaves_no_moment_to_interpolate_is_named():
 def test_a_leaf_that_init_never_saw_is_named_unless_a_mask_leaves_it_out():
     new = PARAMS | {"lora": jnp.ones(2)}
     message = (
-        "`params` must have the tree and the shapes that `init` saw, got shape (2,) at "
-        "['lora'], where the state has no leaf. Pass"
+        "`params` must hold only parameters that `init` saw, got shape (2,) at "
+        "['lora'], where the state has no leaf. Leave"
     )
     for tx in (TX, optax.masked(TX, {"w": True, "b": False})):
         state = tx.init(PARAMS)
