@@ -283,6 +283,23 @@ def test_gradients_are_clipped_alike_before_lookahead_and_inside():
     np.testing.assert_allclose(step, 0.7 * 1.9, rtol=1e-2)
 
 
+def test_hyperparameters_that_keep_their_types_are_not_compiled_again():
+    # As the block does it.
+    tx = optax.inject_hyperparams(lookahead)(optax.adam(0.1), k=5, alpha=0.5)
+    params = jnp.ones(3)
+    state, update = tx.init(params), jax.jit(chex.assert_max_traces(tx.update, n=1))
+    for step in range(20):
+        if step == 10:
+            for name, value in {"k": 2, "alpha": 0.8}.items():
+                old = state.hyperparams[name]
+                state.hyperparams[name] = jnp.full_like(old, value)
+        updates, state = update(params, state, params)
+        params = optax.apply_updates(params, updates)
+    assert state.inner_state.sync_count == 2 + 5
+    (block,) = (b for b in all_blocks() if b.label == "inject")
+    assert "jnp.full_like(old, value)" in block.source
+
+
 def test_schedules_of_the_inner_optimizer_count_steps_and_others_syncs():
     namespace = run_block("schedules")
     start = {"w": jnp.eye(2, 3), "b": jnp.ones(())}
