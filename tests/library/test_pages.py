@@ -296,8 +296,9 @@ def test_hyperparameters_that_keep_their_types_are_not_compiled_again():
         updates, state = update(params, state, params)
         params = optax.apply_updates(params, updates)
     assert state.inner_state.sync_count == 2 + 5
-    (block,) = (b for b in all_blocks() if b.label == "inject")
+    block = labelled_blocks()["inject"]
     assert "jnp.full_like(old, value)" in block.source
+    run_block("inject")
 
 
 def test_schedules_of_the_inner_optimizer_count_steps_and_others_syncs():
