@@ -212,11 +212,11 @@ def check_claim(rows: list[dict[str, Any]]) -> None:
 
 
 def count_all(
-    todo: list[tuple[str, str]], layers: int, file: pathlib.Path | None
+    programs: list[tuple[str, str]], layers: int, file: pathlib.Path | None
 ) -> list[Any]:
     tpu_aot.load_libtpu()
     rows = []
-    for each in progress(todo, "program"):
+    for each in progress(programs, "program"):
         rows.append(count(*each, layers))
         write_rows(file, rows)
     check_claim(rows)

@@ -76,14 +76,14 @@ def set_slow_params(opt_state: optax.OptState, params: optax.Params) -> Any:
     taken: set[Any] = set()
     masks: list[Any] = []
 
-    def with_new(slow: Any) -> Any:
+    def with_new(slow: Any, seen: set[Any]) -> Any:
         in_place = in_tree_of(params, slow)
         masks.extend(masked_paths(slow))
 
         def leaf(path: Any, phi: Any) -> Any:
             if path not in given:
                 return phi
-            taken.add(path)
+            see(path, seen)
             return cycle_start(True, check_leaf(path, given, phi), phi)
 
         new = jax.tree.map_with_path(leaf, in_place)
@@ -93,28 +93,24 @@ def set_slow_params(opt_state: optax.OptState, params: optax.Params) -> Any:
             lambda old, x: split(x) if is_split(old) else x, slow, new, is_leaf=is_split
         )
 
-    def node(x: Any) -> Any:
-        if not is_lookahead_state(x):
-            return x
-        return x._replace(
-            fast_state=everywhere(x.fast_state),
-            slow_params=jax.tree.map(
-                to_memory_of,
-                x.slow_params,
-                with_new(jax.tree.map(to_device, x.slow_params)),
-            ),
-            outer_state=everywhere(x.outer_state),
-        )
-
     def everywhere(tree: Any) -> Any:
-        return jax.tree.map(node, tree, is_leaf=is_lookahead_state)
+        seen: set[Any] = set()  # here, as nested states may hold the same parameters
 
-    seen: set[Any] = set()
-    for state in outermost_states(opt_state):  # raises if there is none
-        slow = jax.tree.map(to_device, state.slow_params)
-        for path, _ in jax.tree.leaves_with_path(in_tree_of(params, slow)):
-            if path in given:
-                see(path, seen)  # raises if two states have it
+        def node(x: Any) -> Any:
+            if not is_lookahead_state(x):
+                return x
+            new = with_new(jax.tree.map(to_device, x.slow_params), seen)
+            return x._replace(
+                fast_state=everywhere(x.fast_state),
+                slow_params=jax.tree.map(to_memory_of, x.slow_params, new),
+                outer_state=everywhere(x.outer_state),
+            )
+
+        new_tree = jax.tree.map(node, tree, is_leaf=is_lookahead_state)
+        taken.update(seen)
+        return new_tree
+
+    outermost_states(opt_state)  # raises if there is none
     opt_state = everywhere(opt_state)
     check_known(given, taken, masks)
     return opt_state

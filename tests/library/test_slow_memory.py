@@ -427,7 +427,7 @@ def test_a_run_may_go_on_with_its_slow_weights_in_the_other_memory(saved, restor
 
 
 def test_an_orbax_checkpoint_keeps_the_memory(tmp_path):
-    ocp = pytest.importorskip("orbax.checkpoint")
+    ocp = pytest.importorskip("orbax.checkpoint", reason="it writes the checkpoint")
     tx = lookahead(ADAM, 3, 0.5, **ON_HOST)
     params, state = trajectory(tx, FLOATS, gradient, 4, jax.jit)[-1]
     with ocp.StandardCheckpointer() as checkpointer:
