@@ -438,11 +438,15 @@ def test_a_checkpoint_without_an_axis_on_the_counts_continues(x64, tmp_path):
 # A replica that broke.
 
 
+@pytest.mark.parametrize("with_new_inner_state", [False, True])
 @pytest.mark.parametrize("restart", [5, 6, 7])
 @pytest.mark.parametrize("name", slow_but(["adamw"], ["adamw", "prodigy"]))
-def test_a_broken_replica_is_replaced_by_a_copy_of_a_healthy_one(x64, name, restart):
+def test_a_broken_replica_is_replaced_by_a_copy_of_a_healthy_one(
+    x64, name, restart, with_new_inner_state
+):
     row, broken, healthy = ROWS[name], 1, 3
     page = run_block("many-workers-another-number")
+    recipe = run_block("many-workers-restart")
     rows = [healthy if r == broken else r for r in range(R)]
 
     def breaks(params):
@@ -458,13 +462,17 @@ def test_a_broken_replica_is_replaced_by_a_copy_of_a_healthy_one(x64, name, rest
             assert np.isnan(np.asarray(params["up"][broken])).all()
             is_healthy = page["is_healthy"](params)
             assert is_healthy.tolist() == [r != broken for r in range(R)]
-            return page["take_replicas"](rows, params, state)
+            params, state = page["take_replicas"](rows, params, state)
+            if with_new_inner_state:
+                return recipe["restart"](broken, row.tx(0), params, state)
         return params, state
 
     def after_by_hand(step, fast, states, slow):
         if step == 4:
             fast[broken] = breaks(fast[broken])
-        if step == restart:
+        if step == restart and with_new_inner_state:
+            fast[broken], states[broken] = slow, row.inner(0).init(slow)
+        elif step == restart:
             fast[broken], states[broken] = fast[healthy], states[healthy]
 
     steps = problem("float64", 2 * K + 1)
