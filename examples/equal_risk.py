@@ -73,7 +73,30 @@ class Points(NamedTuple):
     better: np.ndarray  # how many alphas below 1 are better than SGD, [points]
 
 
-def run_points(curvature, args: argparse.Namespace, bar) -> Points:
+def chains_of(args: argparse.Namespace) -> int:
+    return max(args.chains // 20, 2)  # fewer, since each has 100 coordinates
+
+
+def arguments(curvature, rate, alpha, seed):
+    """Returns the arguments of a run in which each coordinate is a setting."""
+    n = len(curvature)
+    floats = {"curvature": curvature, "sigma": sigma_of(curvature)}
+    floats |= {"mean": start_of(curvature), "spread": np.zeros(n)}
+    floats |= {"rate": np.full(n, rate), "alpha": np.full(n, alpha)}
+    setting = {name: x.astype(np.float32) for name, x in floats.items()}
+    seeds = np.arange(n * seed, n * (seed + 1))
+    return (STEPS, seeds), setting | {"k": np.full(n, K)}
+
+
+def compile_run(args: argparse.Namespace):
+    """Returns the program of a run, one for all spectra: they have the same size."""
+    run = make_run(METHODS["Lookahead"].make, chains_of(args), STEPS)
+    (curvature, *_) = SPECTRA.values()
+    positional, setting = arguments(curvature, 0.1, 0.5, 0)
+    return run.lower(*positional, **setting).compile()
+
+
+def run_points(curvature, args: argparse.Namespace, run, bar) -> Points:
     # With seven points, two of them are 0.0716 and 0.313.
     risks = np.geomspace(0.0716, 0.0716 * (0.313 / 0.0716) ** 3, args.points)
     rates = rate_of_risk(risks[:, None], ALPHAS, curvature)
@@ -86,19 +109,12 @@ def run_points(curvature, args: argparse.Namespace, bar) -> Points:
     pick = np.stack([0 * best + len(ALPHAS) - 1, 0 * best + half, best], axis=1)
     rates, losses = (np.take_along_axis(x, pick, axis=1) for x in (rates, losses))
     alphas = ALPHAS[pick]
-    chains = max(args.chains // 20, 2)  # fewer, since each has 100 coordinates
-    run = make_run(METHODS["Lookahead"].make, chains, STEPS)
-    n = len(curvature)
-    first = {"curvature": curvature, "sigma": sigma_of(curvature)}
-    first |= {"mean": start_of(curvature), "spread": np.zeros(n)}
-    first = {name: x.astype(np.float32) for name, x in first.items()}
+    chains = chains_of(args)
 
     def measure(rate, alpha, seed):
-        setting = {"rate": np.full(n, rate, np.float32), "k": np.full(n, K)}
-        setting["alpha"] = np.full(n, alpha, np.float32)
-        seeds = np.arange(n * seed, n * (seed + 1))
-        moments = np.asarray(run(STEPS, seeds, **first, **setting), np.float64)
-        bar.update(n)
+        positional, setting = arguments(curvature, rate, alpha, seed)
+        moments = np.asarray(run(*positional, **setting), np.float64)
+        bar.update(len(curvature))
         mean, variance = moments[:, -1].T
         squares = mean**2 + variance * (chains - 1) / chains
         # The square of a normal variable has the variance 2 V^2 + 4 m^2 V.

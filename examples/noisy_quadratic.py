@@ -82,10 +82,10 @@ def main() -> None:
     checks = quadratic_runs.check_methods(args)
     agree = quadratic_runs.print_checks(checks, args)
     size = 3 * args.points * sum(map(len, equal_risk.SPECTRA.values()))
-    # The average speed, since compiling makes the first run slow.
+    run = equal_risk.compile_run(args)
     with tqdm(total=size, unit="run", desc="figure 3", smoothing=0) as bar:
         spectra = {
-            name: equal_risk.run_points(curvature, args, bar)
+            name: equal_risk.run_points(curvature, args, run, bar)
             for name, curvature in equal_risk.SPECTRA.items()
         }
     agree &= equal_risk.print_points(spectra)
