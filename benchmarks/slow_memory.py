@@ -6,7 +6,8 @@ the copies between the two memories, in a loop that runs at the start of a cycle
 its sync, or in every step; and, for the optimizer's part alone, the HBM bytes of a step
 that neither starts nor ends a cycle. *Moved in every step* is the form without
 `slow_memory_kind`, written around the update. N is the bytes of the parameters on a
-chip. The batch grows with the slice.
+chip. The batch grows with the slice. On 256 chips more models are compiled, since there
+the temporaries are gathered weights, whose number depends on the compiler's schedule.
 
 On a GPU the script measures instead: the largest difference to slow weights on the
 device, the bytes that are held, and whole steps of a transformer of 100 M parameters.
@@ -16,9 +17,11 @@ device, the bytes that are held, and whole steps of a transformer of 100 M param
     python benchmarks/slow_memory.py --quick    # small: two forms on four chips
 """
 
+import collections
 import functools
 import math
 import pathlib
+import statistics
 import sys
 from typing import Any, NamedTuple
 
@@ -94,7 +97,13 @@ FORMS = {
     ),
 }
 THREE = ["Adam", "lookahead", "lookahead on the host"]
-PROGRAMS = [*(("2x2", name) for name in FORMS), *(("16x16", name) for name in THREE)]
+LAYERS = 10
+PROGRAMS = [
+    *(("2x2", name, LAYERS) for name in FORMS),
+    *(("16x16", name, LAYERS) for name in THREE),
+    # On 256 chips temporaries are gathered weights, and depend on the schedule.
+    *(("16x16", name, layers) for layers in (2, 4, 6, 8, 12) for name in THREE[::2]),
+]
 
 
 def compile_step(slice_name: str, form: Form, layers: int, *, whole: bool):
@@ -181,6 +190,7 @@ def count(slice_name: str, name: str, layers: int) -> dict[str, Any]:
     entry = tpu_aot.instructions(text[text.index("\nENTRY ") :])
     return {
         "slice": slice_name,
+        "layers": layers,
         "form": name,
         "arguments, N": round(memory.argument_size_in_bytes / unit, 2),
         "on the host, N": round(memory.host_argument_size_in_bytes / unit, 2),
@@ -193,31 +203,52 @@ def count(slice_name: str, name: str, layers: int) -> dict[str, Any]:
     }
 
 
+def more_temporaries(rows: list[dict[str, Any]], slice_name: str) -> dict[str, list]:
+    """Returns for each form on the host how many more N it takes than the inner step.
+
+    One number for each model; N is the slow weights on a chip.
+    """
+    found = collections.defaultdict(list)
+    by_program = {(row["slice"], row["form"], row["layers"]): row for row in rows}
+    for (slice_, name, layers), row in by_program.items():
+        if slice_ == slice_name and is_claimed(name):
+            inner = by_program[slice_, FORMS[name].inner, layers]
+            more = row["temporaries, N"] - inner["temporaries, N"]
+            found[name].append(more / row["on the host, N"])
+    return found
+
+
+def is_claimed(name: str) -> bool:
+    return name.endswith("on the host") and "Nesterov" not in name
+
+
 def check_claim(rows: list[dict[str, Any]]) -> None:
     """Raises unless forms on the host hold no more HBM than the inner optimizer."""
-    by_form = {(row["slice"], row["form"]): row for row in rows}
-    for (slice_name, name), row in by_form.items():
-        if not name.endswith("on the host") or "Nesterov" in name:
+    by_program = {(row["slice"], row["form"], row["layers"]): row for row in rows}
+    for (slice_name, name, layers), row in by_program.items():
+        if not is_claimed(name):
             continue
         if row["in every step"] or not row["copies in a loop"]:
             raise AssertionError(f"{name}, {slice_name}: copies {row}")
-        inner = by_form[slice_name, FORMS[name].inner]
-        where = f"{name}, {slice_name}"
+        inner = by_program[slice_name, FORMS[name].inner, layers]
         if row["arguments, N"] - inner["arguments, N"] > 0.005:
-            raise AssertionError(f"{where}: arguments are more than the inner step's")
-        # On 256 chips the gathered weights are hundreds of N, and vary by tens.
-        more = row["temporaries, N"] - inner["temporaries, N"]
-        if slice_name == "2x2" and more > 0.2 * row["on the host, N"]:
-            raise AssertionError(f"{where}: {more:.2f} N more temporaries")
+            raise AssertionError(
+                f"{name}, {slice_name}: arguments are more than the inner step's"
+            )
+    # On 256 chips single models differ by tens of N in either direction.
+    for slice_name in {row["slice"] for row in rows}:
+        for name, more in more_temporaries(rows, slice_name).items():
+            if statistics.median(more) > 0.2:
+                raise AssertionError(f"{name}, {slice_name}: {more} N more temporaries")
 
 
 def count_all(
-    programs: list[tuple[str, str]], layers: int, file: pathlib.Path | None
+    programs: list[tuple[str, str, int]], file: pathlib.Path | None
 ) -> list[Any]:
     tpu_aot.load_libtpu()
     rows = []
     for each in progress(programs, "program"):
-        rows.append(count(*each, layers))
+        rows.append(count(*each))
         write_rows(file, rows)
     check_claim(rows)
     return rows
@@ -298,9 +329,9 @@ def main() -> None:
     if on_gpu:
         rows = measure(2, 256, 2, 1.0) if args.quick else measure(12, 768, 16, 20.0)
     elif args.quick:
-        rows = count_all([("2x2", name) for name in THREE[::2]], 2, None)
+        rows = count_all([("2x2", name, 2) for name in THREE[::2]], None)
     else:
-        rows = count_all(PROGRAMS, 10, args.json)
+        rows = count_all(PROGRAMS, args.json)
     print(markdown(rows))
     if not on_gpu:
         print("\nTimes and peak bytes: not measured, since this machine has no GPU.")

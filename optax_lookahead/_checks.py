@@ -358,13 +358,13 @@ def check_extra_args(extra_args: dict[str, Any], outer_args: Any) -> None:
             "`outer_args` must be a dict of extra arguments for `outer`, got "
             f"{outer_args!r}. Write for example `outer_args={{'grad_fn': grad_fn}}`."
         )
-    told = outer_args.get("inner_step", extra_args.get("inner_step"))
+    inner_step = outer_args.get("inner_step", extra_args.get("inner_step"))
     # It may come from an `outer_loop` around this one, but not from the caller.
-    if told is not None and not isinstance(told, InnerStep):
+    if inner_step is not None and not isinstance(inner_step, InnerStep):
         raise ValueError(
             "`inner_step` must not be an extra argument of `update`, got "
-            f"{told!r}: `outer_loop` tells the outer optimizer about the inner step by "
-            "this name. Rename the argument."
+            f"{inner_step!r}: under this name `outer_loop` passes an `InnerStep` to "
+            "the outer optimizer. Rename the argument."
         )
 
 

@@ -65,7 +65,7 @@ def delayed_outer_loop(
 
     The next cycle starts from theta_r. With `delay=0` and `mix=0` this is
     `outer_loop(inner, optax.chain(average_replicas(axis_name), outer), k)`. phi is one
-    global copy, which never takes the values of the parameters.
+    global copy; unlike in `outer_loop`, no cycle starts it from the loop's parameters.
 
     The whole cycle is one program, so that the compiler can run the exchange during the
     steps. XLA does that between slices of TPUs; within a slice, and on CPUs, nothing is
@@ -92,7 +92,7 @@ def delayed_outer_loop(
         `jax.shard_map` or `jax.vmap`.
       delay: Inner steps during the exchange, an integer in [0, k]: tau in Streaming
         DiLoCo, `fragment_sync_delay` in torchft.
-      mix: Weight of the local weights in [0, 1], without unit: alpha in Streaming
+      mix: Weight of the local weights in [0, 1], dimensionless: alpha in Streaming
         DiLoCo, `fragment_update_alpha` in torchft. At 0 the local steps of the delay
         only change the inner state. Also a scalar array, whose value is not checked.
 

@@ -27,7 +27,7 @@ class ExtrapolationState(NamedTuple):
       step_count: Updates so far, saturating. Schedules are given this number.
       direction: Tree like the parameters, of their shapes and of their dtypes or
         `accumulator_dtype`; `optax.MaskedNode` where a leaf is not floating or complex.
-      coefficient: Factor of the direction in the parameters, without unit.
+      coefficient: Factor of the direction in the parameters, dimensionless.
     """
 
     step_count: jax.typing.ArrayLike  # shape=(), dtype=int32

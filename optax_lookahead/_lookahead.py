@@ -36,7 +36,7 @@ def lookahead(
 
     The slow weights stay finite: a slow weight takes the value that a sync computes
     only if that value is finite, and a cycle does not start from an element that is not
-    finite. So a run that blew up at any step can continue from what the function
+    finite. So a run that diverged at any step can continue from what the function
     `slow_params` returns, with a new state of `inner`, since its moments may be NaN.
     Values that are very large but finite at a sync do enter the slow weights. Entries
     that are infinite by design, such as a mask, must be so at `init`, and do not
@@ -47,7 +47,7 @@ def lookahead(
         forwarded to it.
       k: Inner steps in a cycle, an integer of at least 1 that fits in int32. Also a
         scalar array or tracer, whose value is not checked: below 1, every step syncs.
-      alpha: Slow step size in [0, 1], without unit. Also a float scalar array or
+      alpha: Slow step size in [0, 1], dimensionless. Also a float scalar array or
         tracer, whose value is not checked, or a schedule: a function from the number
         of completed syncs (int32 scalar) to the step size. With
         `optax.inject_hyperparams(lookahead)` add `static_args=("alpha",)`: otherwise
@@ -89,9 +89,9 @@ def lookahead(
         parameters, in place of the dtype of floating leaves. With bfloat16 parameters
         and `slow_dtype="float32"` the slow weights keep the bits that small steps need:
         a cycle starts from the slow weight unless the parameter differs from it by more
-        than one rounding error. It does if it was changed outside the optimizer, or if
-        the update of the sync was larger than the weight and its dtype no wider than
-        the parameter's; float32 updates stay within that error. The fast weights start
+        than one rounding error. Larger differences come from changes outside the
+        optimizer, or from a sync whose update is larger than the weight and no wider
+        than the parameter; float32 updates avoid the latter. The fast weights start
         from the rounded slow weight and have the parameters' dtype: updates that are
         too small for it are lost, except for the last one of a cycle. With
         `optax.inject_hyperparams` write the dtype's name: it takes a type such as

@@ -105,7 +105,7 @@ def slow_params(
             elif is_inexact(phi) or not is_inexact(p):
                 held = jnp.asarray(phi, jnp.result_type(p))
                 slow[path] = jnp.where(start & is_finite(p), p, held)
-            # Otherwise the loop turned integers into floats, which phi has truncated.
+            # Otherwise the loop turned integers into floats; phi has truncated them.
         within = set()
         for outer in _states(state.outer_state, (ExtrapolationState,)):
             _extrapolate_back(slow, outer, params, within, wide=wide)

@@ -21,9 +21,9 @@ class Memory(NamedTuple):
     """How a step accesses the slow weight of one parameter in its memory.
 
     It is accessed if one of the flags holds. Otherwise the result of `read` is not
-    used, and update and slow weight do not change. `read` and `update` take a
-    function of one parameter p, its update u and its slow weight, and return it for
-    this memory; phi is the slow weight at the start of the cycle.
+    used, and update and slow weight do not change. `read` and `update` take a function
+    of a parameter p, its update u and its slow weight on the device, and return one for
+    a slow weight in this memory; phi is the slow weight at the start of the cycle.
     """
 
     init: Callable[..., Any]  # slow -> slow
@@ -35,8 +35,8 @@ class Memory(NamedTuple):
 def memory(kind: SlowMemoryKind | None) -> Memory:
     """Returns the functions for the argument `slow_memory_kind`."""
     if kind is None:
-        return Memory(_as_it_is, _read_here, _update_here, _write_here)
-    return Memory(to_host, _read_there, _update_there, _write_there)
+        return Memory(_identity, _read_on_device, _update_on_device, _write_on_device)
+    return Memory(to_host, _read_on_host, _update_on_host, _write_on_host)
 
 
 def to_host(x: Any) -> Any:
@@ -64,26 +64,26 @@ def _is_on_host(x: Any) -> bool:
     return jax.typeof(x).memory_space == jax.memory.Space.Host
 
 
-def _as_it_is(slow: Any) -> Any:
+def _identity(slow: Any) -> Any:
     return slow
 
 
-def _read_here(leaf: Any, *flags: Any) -> Any:
+def _read_on_device(leaf: Any, *flags: Any) -> Any:
     del flags
     return lambda p, slow, _=None: leaf(p, to_device(slow))
 
 
-def _update_here(leaf: Any, *flags: Any) -> Any:
+def _update_on_device(leaf: Any, *flags: Any) -> Any:
     del flags
     return lambda p, u, slow: leaf(p, u, to_device(slow))
 
 
-def _write_here(*flags: Any) -> Any:
+def _write_on_device(*flags: Any) -> Any:
     del flags
     return lambda new, slow: new  # noqa: ARG005
 
 
-def _read_there(leaf: Any, *flags: Any) -> Any:
+def _read_on_host(leaf: Any, *flags: Any) -> Any:
     flag = _one_for_all(flags)
 
     def read(p: Any, slow: Any, u: Any = None) -> Any:
@@ -102,20 +102,20 @@ def _unread(p: Any, slow: Any) -> Any:
     return jnp.where(True, jnp.ones_like(p), p) if is_inexact(p) else p
 
 
-def _update_there(leaf: Any, *flags: Any) -> Any:
+def _update_on_host(leaf: Any, *flags: Any) -> Any:
     flag = _one_for_all(flags)
 
     def update(p: Any, u: Any, slow: Any) -> tuple[Any, Any]:
-        def turn(both: tuple[Any, Any]) -> tuple[Any, Any]:
+        def body(both: tuple[Any, Any]) -> tuple[Any, Any]:
             u, slow = leaf(p, both[0], to_device(both[1]))
             return u, to_host(slow)
 
-        return _once(flag, turn, (u, to_host(slow)))
+        return _once(flag, body, (u, to_host(slow)))
 
     return update
 
 
-def _write_there(*flags: Any) -> Any:
+def _write_on_host(*flags: Any) -> Any:
     flag = _one_for_all(flags)
 
     def write(new: Any, slow: Any) -> Any:
@@ -124,14 +124,14 @@ def _write_there(*flags: Any) -> Any:
     return write
 
 
-def _once(flag: Any, turn: Callable[[Any], Any], init: Any) -> Any:
-    """Returns `turn(init)` where the flag is set, and `init` elsewhere."""
+def _once(flag: Any, body: Callable[[Any], Any], init: Any) -> Any:
+    """Returns `body(init)` if the flag is set, else `init`."""
 
-    def body(carry: Any) -> Any:
+    def run_and_stop(carry: Any) -> Any:
         flag, value = carry
-        return ~flag, turn(value)
+        return ~flag, body(value)
 
-    return jax.lax.while_loop(lambda carry: carry[0], body, (flag, init))[1]
+    return jax.lax.while_loop(lambda carry: carry[0], run_and_stop, (flag, init))[1]
 
 
 def _one_for_all(flags: Any) -> Any:

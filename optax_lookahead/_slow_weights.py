@@ -23,8 +23,8 @@ def cycle_start(start: Any, p: Any, slow: Any) -> Any:
     start &= is_finite(p)
     held = jnp.asarray(p, slow.dtype)
     if is_wider(slow, p):
-        # Unless p is the slow weight rounded to its dtype. Near zero, where float16 has
-        # subnormal numbers, that rounding is coarser than eps.
+        # It keeps the slow weight if p is only its rounding. Near zero, where float16
+        # has subnormal numbers, that rounding is coarser than eps.
         narrow = jnp.finfo(jnp.result_type(p))
         size = jnp.maximum(jnp.abs(slow), float(narrow.tiny))
         start &= ~(is_finite(slow) & (jnp.abs(held - slow) <= float(narrow.eps) * size))

@@ -45,7 +45,7 @@ def set_slow_params(opt_state: optax.OptState, params: optax.Params) -> Any:
       params: The new values, a tree of arrays of any shapes and dtypes with the paths
         that they have in the loop's parameters; other parameters may be left out or
         None. Elements that are not finite are ignored, and a slow weight of a wider
-        `slow_dtype` stays where the parameter is its rounding.
+        `slow_dtype` does not change where the given value is its rounding.
 
     Returns:
       The state with those slow weights, of the same tree, shapes and dtypes.

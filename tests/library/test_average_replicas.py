@@ -211,7 +211,7 @@ START = np.tile(np.random.default_rng(1).normal(size=SIZE), (R, 1))
 @pytest.mark.parametrize("k", slow_but([3], [1, 3, 7]))
 @pytest.mark.parametrize("outer", OUTERS)
 @pytest.mark.parametrize("inner", INNERS)
-def test_it_is_the_loop_over_workers(x64, inner, outer, k):
+def test_replicas_match_a_loop_over_workers(x64, inner, outer, k):
     tx = averaged(INNERS[inner][0], OUTERS[outer][0], k)
     expected = workers(INNERS[inner][1], OUTERS[outer][1], k, 2 * k + 1, START)
     assert_follows(run("vmap", tx, START, 2 * k + 1)[0], expected, k)

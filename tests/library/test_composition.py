@@ -82,7 +82,7 @@ def test_a_snapshot_beside_it_can_be_read():
     np.testing.assert_allclose(norm, optax.tree.norm(PARAMS))
 
 
-def test_in_a_named_chain(run):
+def test_in_a_named_chain_it_is_two_plain_loops(run):
     inner = optax.sgd(0.1, momentum=0.9)
     tx = optax.named_chain(("clip", optax.clip(1.0)), ("slow", lookahead(inner, 4)))
     expected = two_loops(
@@ -135,7 +135,7 @@ def test_around_masked_every_leaf_has_slow_weights(run):
     assert_visits(run(lookahead(inner, 3, 0.5)), expected)
 
 
-def test_two_lookaheads_of_different_periods_in_partition(run):
+def test_two_lookaheads_of_different_periods_in_partition_are_separate_loops(run):
     transforms = {
         "adam": lookahead(optax.adam(0.1), 2, 0.8),
         "sgd": lookahead(optax.sgd(0.1), 5, 0.3),
@@ -150,7 +150,7 @@ def test_two_lookaheads_of_different_periods_in_partition(run):
     assert_visits(visited, expected)
 
 
-def test_around_partition(run):
+def test_around_partition_it_is_two_plain_loops(run):
     inner = optax.partition(
         {"adam": optax.adam(0.1), "sgd": optax.sgd(0.1)}, {"a": "adam", "b": "sgd"}
     )
@@ -158,13 +158,13 @@ def test_around_partition(run):
     assert_visits(run(lookahead(inner, 3, 0.5)), expected)
 
 
-def test_injected_k_and_alpha(run):
+def test_with_injected_k_and_alpha_it_is_two_plain_loops(run):
     tx = optax.inject_hyperparams(lookahead)(optax.adam(0.1), k=4, alpha=0.3)
     expected = two_loops(optax.adam(0.1), PARAMS, gradient, 4, 0.3, STEPS)
     assert_visits(run(tx), expected)
 
 
-def test_an_injected_learning_rate_inside(run):
+def test_around_an_injected_learning_rate_it_is_two_plain_loops(run):
     inner = optax.inject_hyperparams(optax.sgd)(optax.linear_schedule(0.2, 0.0, 10))
     expected = two_loops(inner, PARAMS, gradient, 3, 0.5, STEPS)
     visited = run(lookahead(inner, 3, 0.5), steps=STEPS)
@@ -255,7 +255,7 @@ def test_conditionally_mask_changes_nothing_on_the_other_steps(run):
         assert_close(after, before)
 
 
-def test_inside_flatten(run):
+def test_inside_flatten_it_is_two_plain_loops(run):
     visited = run(optax.flatten(lookahead(optax.adam(0.1), 3, 0.5)))
     expected = two_loops(optax.adam(0.1), PARAMS, gradient, 3, 0.5, STEPS)
     assert_visits(visited, expected)
@@ -268,13 +268,13 @@ def test_a_flattened_state_that_was_restored_as_numpy_is_read_too():
     assert_close(slow_params(restored, params), slow_params(state, params))
 
 
-def test_around_flatten(run):
+def test_around_flatten_it_is_two_plain_loops(run):
     inner = optax.flatten(optax.adam(0.1))
     expected = two_loops(optax.adam(0.1), PARAMS, gradient, 3, 0.5, STEPS)
     assert_visits(run(lookahead(inner, 3, 0.5)), expected)
 
 
-def test_with_extra_args_support_around_and_inside(run):
+def test_with_extra_args_support_around_and_inside_changes_nothing(run):
     inner = optax.with_extra_args_support(optax.adam(0.1))
     tx = optax.with_extra_args_support(lookahead(inner, 3, 0.5))
     expected = two_loops(optax.adam(0.1), PARAMS, gradient, 3, 0.5, STEPS)

@@ -107,7 +107,7 @@ def assert_close(tree, expected):
 
 @pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
 @pytest.mark.parametrize("name", CONTAINERS)
-def test_parameters_in(name, transform):
+def test_parameters_in_any_container_follow_two_plain_loops(name, transform):
     params = CONTAINERS[name]
     tx = optax.chain(lookahead(optax.sgd(0.1, momentum=0.5), 3, 0.5))
     visited = trajectory(tx, params, gradient, 7, transform)

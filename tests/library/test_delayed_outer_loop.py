@@ -179,13 +179,13 @@ KEPT = [("muon", 1, 0.5, "vmap")]
 
 
 @pytest.mark.parametrize(("inner", "delay", "mix", "form"), slow_but(KEPT, ROWS))
-def test_it_is_the_loop_over_workers(x64, inner, delay, mix, form):
+def test_replicas_match_a_loop_over_workers(x64, inner, delay, mix, form):
     expected = by_hand(BY_HAND[inner], *problem(), delay, mix)
     assert_close(train(inner, delay, mix, form), expected, 1e-12)
 
 
 @pytest.mark.parametrize("form", slow_but(["shard_map"], list(FORMS)))
-def test_it_is_so_where_replicas_are_sharded(x64, form):
+def test_sharded_replicas_match_a_loop_over_workers(x64, form):
     mesh = make_mesh({NAME: R, "fsdp": 2}, AxisType.Auto)
     expected = by_hand(BY_HAND["adam"], *problem(), 1, 0.5)
     assert_close(train("adam", 1, 0.5, form, mesh), expected, 1e-12)
@@ -246,7 +246,7 @@ def published(first, second):
 
 
 @pytest.mark.parametrize(("delay", "mix"), PUBLISHED)
-def test_two_fragments_go_where_those_of_torchft_go(delay, mix):
+def test_two_fragments_have_the_published_weights_of_torchft(delay, mix):
     names = "fragment_0", "fragment_1"
     inner = optax.sgd(1.0)
 
@@ -403,7 +403,7 @@ def test_the_mean_does_not_overflow_where_the_sum_would():
 # What else a training loop needs.
 
 
-def test_a_run_that_is_saved_between_cycles_goes_on_in_every_bit(tmp_path):
+def test_a_run_that_is_saved_between_cycles_continues_bit_for_bit(tmp_path):
     start, batches = problem()
     start = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), start)
     step = train_step_of(INNERS["adam"])
@@ -570,7 +570,7 @@ def make(**options):
         ),
     ],
 )
-def test_a_bad_argument(options, error, message):
+def test_a_bad_argument_is_refused(options, error, message):
     with pytest.raises(error, match=re.escape(message)):
         make(**options)
 
@@ -589,7 +589,7 @@ def test_a_bad_argument(options, error, message):
         ({}, "on the first axis of every array, got shapes []. Stack the batches"),
     ],
 )
-def test_batches_that_are_not_those_of_a_cycle(length, message):
+def test_batches_that_are_not_those_of_a_cycle_are_refused(length, message):
     init, cycle = make(delay=2)
     batches = {name: jnp.zeros((1, size)) for name, size in length.items()}
     params = jnp.zeros(1)
@@ -597,14 +597,14 @@ def test_batches_that_are_not_those_of_a_cycle(length, message):
         by_vmap(cycle)(params, params, init(params[0]), batches)
 
 
-def test_a_batch_without_an_axis_of_steps():
+def test_a_batch_without_an_axis_of_steps_is_refused():
     init, cycle = make()
     zeros = jnp.zeros(1)
     with pytest.raises(ValueError, match=re.escape("of every array, got shapes [()]")):
         by_vmap(cycle)(zeros, zeros, init(zeros[0]), zeros)
 
 
-def test_an_axis_that_is_not_mapped():
+def test_an_axis_that_is_not_mapped_is_refused():
     init, cycle = make()
     message = (
         "`axis_name` must be an axis that is mapped around `cycle`, got 'replica', "
@@ -614,7 +614,7 @@ def test_an_axis_that_is_not_mapped():
         cycle(jnp.zeros([]), (), init(jnp.zeros([])), jnp.zeros(3))
 
 
-def test_parameters_that_init_did_not_see():
+def test_parameters_that_init_did_not_see_are_refused():
     init, cycle = make()
     message = "`params` must have the tree and the shapes that `init` saw, got no leaf"
     with pytest.raises(ValueError, match=re.escape(message)):
@@ -630,7 +630,7 @@ def test_parameters_that_init_did_not_see():
         init("w")
 
 
-def test_an_outer_optimizer_that_returns_another_tree():
+def test_an_outer_optimizer_that_returns_another_tree_is_refused():
     def update(updates, state, params=None):
         return (updates, updates), state
 

@@ -50,7 +50,7 @@ class BatchStatsState(TrainState):
     batch_stats: dict
 
 
-def test_train_state():
+def test_a_flax_train_state_follows_two_plain_loops():
     model = MLP()
     params = model.init(jax.random.key(0), X)
 
@@ -183,7 +183,7 @@ def nnx_loss(model):
 
 @pytest.mark.parametrize("wrt", [nnx.Param, Head], ids=["Param", "filter"])
 @pytest.mark.parametrize("transform", [lambda f: f, nnx.jit], ids=["eager", "nnx.jit"])
-def test_nnx_optimizer(wrt, transform):
+def test_an_nnx_optimizer_follows_two_plain_loops(wrt, transform):
     model = (NNXModel if wrt is nnx.Param else FilteredModel)(nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, lookahead(INNER, K, ALPHA), wrt=wrt)
 
@@ -207,7 +207,7 @@ def test_nnx_optimizer(wrt, transform):
         assert_close(jax.tree.leaves(got), jax.tree.leaves(slow))
 
 
-def test_slow_weights_swapped_into_an_nnx_model():
+def test_an_nnx_model_evaluates_the_slow_weights_that_are_put_into_it():
     model = NNXModel(nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, lookahead(INNER, K, ALPHA), wrt=nnx.Param)
     before = nnx_loss(model)
@@ -226,7 +226,7 @@ def test_at_the_start_of_a_cycle_the_slow_weights_are_those_in_the_nnx_model():
     assert_close(jax.tree.leaves(slow), jax.tree.leaves(loaded))
 
 
-def test_equinox_filter_jit():
+def test_an_equinox_model_under_filter_jit_follows_two_plain_loops():
     model = eqx.nn.MLP(3, 1, 8, 1, activation=jnp.tanh, key=jax.random.key(0))
 
     def loss(model):
@@ -357,7 +357,7 @@ def test_only_the_parameters_that_a_filter_names_have_slow_weights():
     assert sum(np.size(x) for x in jax.tree.leaves(slow["slow_params"])) == 4
 
 
-def test_model_and_optimizer_in_one_trains():
+def test_an_nnx_model_and_optimizer_in_one_object_trains():
     if not hasattr(nnx, "ModelAndOptimizer"):
         pytest.skip("this version of Flax has no nnx.ModelAndOptimizer")
     both = nnx.ModelAndOptimizer(

@@ -689,7 +689,7 @@ def test_all_optimizers_with_fields_that_stay_are_tried():
 
 
 @pytest.mark.skipif(not hasattr(optax, "monitor"), reason="Optax 0.2.6 has no monitor")
-def test_what_is_monitored_is_what_was_measured():
+def test_interpolation_does_not_change_what_a_monitor_measured():
     monitor = optax.monitor({"mean": optax.ema(0.9)})
     inner = optax.chain(monitor, optax.sgd(0.1, momentum=0.9))
     tx = lookahead(inner, 2, 0.5, inner_state="interpolate")

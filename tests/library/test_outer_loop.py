@@ -269,7 +269,7 @@ class Recorder:
         return optax.GradientTransformationExtraArgs(self.tx.init, update)
 
 
-def test_the_outer_optimizer_is_told_about_the_step_that_ends_the_cycle():
+def test_the_outer_optimizer_is_given_the_step_that_ends_the_cycle():
     inner, outer = Recorder(optax.adam(0.1)), Recorder(optax.sgd(0.5))
     tx = outer_loop(inner.transformation(), outer.transformation(), 2)
     params = phi = {"w": jnp.array([1.0, -2.0])}
@@ -296,7 +296,7 @@ def test_the_outer_optimizer_is_told_about_the_step_that_ends_the_cycle():
     assert len(outer.calls) == 4
 
 
-def test_outer_loops_in_each_other_each_tell_their_outer_optimizer():
+def test_nested_outer_loops_each_pass_their_own_inner_step():
     middle, top = Recorder(optax.sgd(0.5)), Recorder(optax.sgd(0.5))
     within = outer_loop(optax.sgd(0.1), middle.transformation(), 2)
     tx = outer_loop(within, top.transformation(), 4)

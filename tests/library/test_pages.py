@@ -31,7 +31,7 @@ from helpers.pages import (
     python_blocks,
     run_block,
 )
-from helpers.training import scanned, two_loops_with_outer
+from helpers.training import scanned, two_loops, two_loops_with_outer
 
 from optax_lookahead import lookahead, slow_params
 
@@ -71,7 +71,9 @@ def recipe_of_equinox(folder, namespace):
 @pytest.mark.parametrize(
     ("label", "load"), [("nnx", recipe_of_nnx), ("equinox", recipe_of_equinox)]
 )
-def test_recipe(label, load, capsys, tmp_path, monkeypatch):
+def test_a_recipe_trains_fast_and_slow_weights_to_a_low_loss(
+    label, load, capsys, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     namespace = run_block(label)
     printed = capsys.readouterr().out
@@ -304,11 +306,40 @@ def test_hyperparameters_that_keep_their_types_are_not_compiled_again():
 def test_schedules_of_the_inner_optimizer_count_steps_and_others_syncs():
     namespace = run_block("schedules")
     start = {"w": jnp.eye(2, 3), "b": jnp.ones(())}
-    for name in ("tx", "outer_tx"):
+    for name in ("tx", "rising", "outer_tx"):
         _, state = scanned(namespace[name], start, lambda params, step: params, 65)
-        assert state.fast_state[1].count[-1] == 65
+        state = state[1] if name == "tx" else state  # of the chain
+        assert state.fast_state[-1].count[-1] == 65
         assert state.sync_count[-1] == 2
     assert state.outer_state[1].count[-1] == 2
+
+
+def test_each_run_of_the_sweep_is_the_run_with_its_k_and_alpha():
+    page, got = run_block("sweep"), []
+    for k, alpha in zip(page["k"].ravel(), page["alpha"].ravel(), strict=True):
+        loops = two_loops(
+            optax.adam(0.1), jnp.ones(3), lambda p, _: p, int(k), float(alpha), 20
+        )
+        got.append([np.asarray(slow) for _, slow in loops][-1])
+    np.testing.assert_allclose(page["slow"], got, rtol=1e-5)
+
+
+def test_the_recipe_for_bfloat16_has_a_float32_state_and_the_slow_weights_of_float32():
+    page = run_block("bfloat16")
+    state = page["opt_state"]
+    floats = [
+        x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)
+    ]
+    assert {x.dtype for x in floats} == {jnp.dtype("float32")}
+    assert page["params"].dtype == jnp.bfloat16
+    assert page["updates"].dtype == page["slow"].dtype == jnp.float32
+    loops = two_loops(optax.adamw(0.01), jnp.ones(3), lambda p, _: p, 5, 0.5, 10)
+    *_, (_, slow) = loops
+    # The fast weights are rounded to bfloat16 in every step.
+    np.testing.assert_allclose(page["slow"], slow, atol=10 * 2**-9)
+    assert np.any(
+        np.float32(page["slow"]) != np.float32(page["slow"].astype("bfloat16"))
+    )
 
 
 DESCENDANTS = (

@@ -52,7 +52,7 @@ def test_the_slow_weights_are_found_inside(name, transform):
 
 
 @pytest.mark.parametrize("container", [list, tuple, lambda s: {"deep": [{"er": s}]}])
-def test_they_are_found_in_any_container(container):
+def test_the_slow_weights_are_found_in_any_container(container):
     params, state = trajectory(lookahead(optax.sgd(0.1), 3), PARAMS, gradient, 4)[-1]
     if container in (list, tuple):
         nested = container([optax.EmptyState(), (state,)])

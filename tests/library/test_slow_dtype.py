@@ -39,14 +39,14 @@ def one_ulp_up(params, step):
 
 
 @pytest.mark.parametrize("slow_dtype", [None, "bfloat16"])
-def test_a_slow_copy_as_narrow_as_the_parameters_stays_at_one(slow_dtype):
+def test_bfloat16_slow_weights_lose_small_steps(slow_dtype):
     tx = lookahead(optax.sgd(1.0), 2, 0.2, slow_dtype=slow_dtype)
     params, state = last(tx, jnp.ones(3, BF16), one_ulp_up, 2 * CYCLES)
     np.testing.assert_array_equal(params, 1.0)
     np.testing.assert_array_equal(state.slow_params, 1.0)
 
 
-def test_optax_lookahead_stays_at_one_too():
+def test_optax_lookahead_loses_small_steps_too():
     params = optax.LookaheadParams.init_synced(jnp.ones(3, BF16))
     tx = optax.lookahead(optax.sgd(1.0), 2, 0.2)
     pair, _ = last(tx, params, lambda p, step: one_ulp_up(p.fast, step), 2 * CYCLES)

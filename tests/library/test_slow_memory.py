@@ -144,7 +144,7 @@ def test_a_compiled_step_keeps_them_there_too(form):
         assert memory_kinds(got[1].slow_params) == {"pinned_host"}
 
 
-def test_it_is_algorithm_1():
+def test_lookahead_in_host_memory_is_algorithm_1():
     phi = np.array([[1.0, -2.0], [0.5, 3.0]], np.float32)
     expected = reference_lookahead(
         adamw(0.1), lambda theta, step: 0.5 * theta, phi, 3, lambda t: 0.5, 3
@@ -156,7 +156,7 @@ def test_it_is_algorithm_1():
         assert_close(slow_params(state, params), slow, 1e-5)
 
 
-def test_with_an_outer_step_it_is_two_loops():
+def test_outer_loop_in_host_memory_is_two_plain_loops():
     start = jnp.array([4.0, -2.0])
     expected = two_loops_with_outer(
         optax.adam(0.1), NESTEROV, start, lambda p, _: p, 3, 9
@@ -459,7 +459,7 @@ def test_a_stack_of_cycles_is_refused(transform):
         jax.vmap(transform(run))(jnp.array([2, 3]))
 
 
-def test_several_alphas_are_not():
+def test_a_vmap_over_alpha_is_allowed():
     def run(alpha):
         tx = lookahead(ADAM, 2, alpha, **ON_HOST)
         return scanned(tx, FLOATS, gradient, 3)[0]["matrix"][-1]
@@ -490,7 +490,7 @@ def loops_and_copies(tx):
 
 
 @pytest.mark.parametrize("form", ["lookahead", "outer step"])
-def test_all_that_moves_between_the_memories_stands_in_a_loop(form):
+def test_all_copies_between_the_memories_are_in_loops(form):
     leaves = len(jax.tree.leaves(model()[0]))
     assert loops_and_copies(FORMS[form]()) == {True: 0, False: 0}
     # A read and a write of each; a state that rests elsewhere would have one outside.

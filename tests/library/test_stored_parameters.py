@@ -50,7 +50,7 @@ KEPT = [name for name in ("adam", "sgd", *STORED) if name in NAMES]
 
 
 @pytest.mark.parametrize("name", slow_but(KEPT, NAMES))
-def test_the_next_step_leaves_a_syncs_move_as_it_is_but_for_these(name):
+def test_only_optimizers_that_store_parameters_change_a_syncs_move(name):
     np.testing.assert_allclose(left(name), STORED.get(name, ALL), atol=0.05)
 
 
@@ -74,7 +74,7 @@ def test_a_step_as_long_as_the_distance_from_the_start_amplifies_a_move(name):
 @pytest.mark.parametrize(
     "name", [name for name in ("cocob", "madgrad", "mechanize") if name in NAMES]
 )
-def test_after_a_reset_the_move_is_there_again(name):
+def test_after_a_reset_the_step_is_that_of_a_new_optimizer(name):
     tx = lookahead(make(name), 4, 0.5, inner_state="reset")
     params = jax.tree.map(jnp.asarray, START)
     state = tx.init(params)

@@ -31,7 +31,7 @@ TREE_RULE = "`params` must have the tree and the shapes that `init` saw, got {}"
 
 
 @pytest.mark.parametrize("k", [0, -1, np.int64(0), np.array(0)])
-def test_k_below_one(k):
+def test_a_k_below_one_is_refused(k):
     with pytest.raises(ValueError, match=re.escape(K_RULE.format(int(k)))):
         lookahead(optax.sgd(0.1), k=k)
 
@@ -48,7 +48,7 @@ def test_k_below_one(k):
         np.uint64(2**64 - 1),
     ],
 )
-def test_k_beyond_int32(k):
+def test_a_k_beyond_int32_is_refused(k):
     message = (
         "`k` must be an integer of at least 1 and at most 2147483647, got "
         f"{int(k)}. Write `k=2147483647` never to sync."
@@ -90,27 +90,27 @@ def test_an_array_k_beyond_int32_never_syncs(k):
 @pytest.mark.parametrize(
     "k", [2.5, 5.0, True, np.bool_(True), np.float32(2.5), "5", None, [5]]
 )
-def test_k_of_the_wrong_kind(k):
+def test_a_k_that_is_not_an_integer_is_refused(k):
     shown = k.item() if hasattr(k, "item") else k
     with pytest.raises(TypeError, match=re.escape(K_RULE.format(repr(shown)))):
         lookahead(optax.sgd(0.1), k=k)
 
 
 @pytest.mark.parametrize("alpha", [-0.1, 1.5, 2, float("nan"), float("inf")])
-def test_alpha_outside_the_unit_interval(alpha):
+def test_an_alpha_outside_the_unit_interval_is_refused(alpha):
     with pytest.raises(ValueError, match=re.escape(ALPHA_RULE.format(repr(alpha)))):
         lookahead(optax.sgd(0.1), alpha=alpha)
 
 
 @pytest.mark.parametrize("alpha", [True, "half", None, 0.5j, [0.5]])
-def test_alpha_of_the_wrong_kind(alpha):
+def test_an_alpha_that_is_not_a_real_number_is_refused(alpha):
     with pytest.raises(TypeError, match=re.escape(ALPHA_RULE.format(repr(alpha)))):
         lookahead(optax.sgd(0.1), alpha=alpha)
 
 
 @pytest.mark.parametrize("name", ["k", "alpha"])
 @pytest.mark.parametrize("array", [jnp.ones(2, int), np.ones(2, int)])
-def test_k_or_alpha_that_is_not_a_scalar(name, array):
+def test_a_k_or_alpha_that_is_not_a_scalar_is_refused(name, array):
     message = (
         f"`{name}` must be a scalar, got an array of shape (2,). "
         f"To try several values at once, `jax.vmap` over `{name}`."
@@ -126,20 +126,20 @@ def test_numbers_of_every_kind_are_taken(k, alpha):
     tx.update(PARAMS, tx.init(PARAMS), PARAMS)
 
 
-def test_an_inner_that_was_not_called():
+def test_an_inner_optimizer_that_was_not_called_is_refused():
     message = "`inner` must be an Optax gradient transformation, got <function adam"
     remedy = "Write for example `lookahead(optax.adam(1e-3))`."
     with pytest.raises(TypeError, match=f"{message}.*{re.escape(remedy)}"):
         lookahead(optax.adam)
 
 
-def test_an_inner_multi_steps_object():
+def test_a_multi_steps_object_as_inner_is_refused():
     remedy = "Write `inner.gradient_transformation()`."
     with pytest.raises(TypeError, match=re.escape(remedy)):
         lookahead(optax.MultiSteps(optax.adam(0.1), 2))
 
 
-def test_update_without_params():
+def test_update_without_params_is_refused():
     message = (
         "`params` must be the current parameters, got None. "
         "Call `update(grads, state, params)`, not `update(grads, state)`."
@@ -172,7 +172,7 @@ def test_update_with_other_parameters_names_the_first_leaf_that_differs(
         TX.update(params, STATE, params)
 
 
-def test_update_with_other_containers_shows_both_trees():
+def test_update_with_other_containers_names_both_trees():
     state = TX.init([jnp.ones(2)])
     message = TREE_RULE.format("PyTreeDef((*,)), where the state has PyTreeDef([*])")
     with pytest.raises(ValueError, match=re.escape(message)):
@@ -180,7 +180,7 @@ def test_update_with_other_containers_shows_both_trees():
 
 
 @pytest.mark.parametrize("call", [slow_params, lambda s, p: TX.update(p, s, p)])
-def test_a_stack_of_states_outside_vmap(call):
+def test_a_stack_of_states_outside_vmap_is_refused(call):
     stacked = jax.tree.map(lambda x: jnp.stack([x, x]), PARAMS)
     state = jax.vmap(TX.init)(stacked)
     message = (
@@ -191,7 +191,7 @@ def test_a_stack_of_states_outside_vmap(call):
         call(state, stacked)
 
 
-def test_slow_params_of_a_state_without_a_lookahead():
+def test_slow_params_of_a_state_without_a_lookahead_is_refused():
     message = (
         "`opt_state` must hold the state of a lookahead, got a tuple without one. "
         "Pass the state that the optimizer's `init` or `update` returned."
@@ -200,7 +200,7 @@ def test_slow_params_of_a_state_without_a_lookahead():
         slow_params(optax.adam(0.1).init(PARAMS), PARAMS)
 
 
-def test_slow_params_behind_a_mask_that_hides_everything():
+def test_slow_params_behind_a_mask_that_hides_everything_is_refused():
     state = optax.masked(TX, False).init(PARAMS)
     message = (
         "`opt_state` must hold a slow copy of at least one parameter, got a lookahead "
@@ -210,7 +210,7 @@ def test_slow_params_behind_a_mask_that_hides_everything():
         slow_params(state, PARAMS)
 
 
-def test_two_lookaheads_that_claim_the_same_parameter():
+def test_two_lookaheads_with_the_same_parameter_are_refused():
     message = (
         "`opt_state` must hold one slow copy of each parameter, got two of ['b']. "
         "Pass the sub-state that you want."
@@ -234,7 +234,7 @@ def test_two_lookaheads_that_claim_the_same_parameter():
         ),
     ],
 )
-def test_slow_params_of_other_parameters(params, difference):
+def test_slow_params_of_other_parameters_is_refused(params, difference):
     with pytest.raises(ValueError, match=re.escape(TREE_RULE.format(difference))):
         slow_params(STATE, params)
 
@@ -255,20 +255,20 @@ def update_with(outer):
     return tx.update(PARAMS, tx.init(PARAMS), PARAMS)
 
 
-def test_an_outer_that_was_not_called():
+def test_an_outer_optimizer_that_was_not_called_is_refused():
     message = "`outer` must be an Optax gradient transformation, got <function adam"
     remedy = "Write for example `outer_loop(inner, optax.sgd(0.5), k)`."
     with pytest.raises(TypeError, match=f"{message}.*{re.escape(remedy)}"):
         outer_loop(optax.adam(0.1), optax.adam, 5)
 
 
-def test_a_step_size_as_outer():
+def test_a_step_size_as_outer_is_refused():
     message = "`outer` must be an Optax gradient transformation, got 0.5. Write"
     with pytest.raises(TypeError, match=re.escape(message)):
         outer_loop(optax.adam(0.1), 0.5, 5)
 
 
-def test_an_outer_multi_steps_object():
+def test_a_multi_steps_object_as_outer_is_refused():
     remedy = "Write `outer.gradient_transformation()`."
     with pytest.raises(TypeError, match=re.escape(remedy)):
         outer_loop(optax.sgd(0.1), optax.MultiSteps(optax.adam(0.1), 2), 5)
@@ -284,7 +284,7 @@ def test_outer_loop_checks_inner_and_k_too():
         tx.update(PARAMS, tx.init(PARAMS))
 
 
-def test_an_outer_that_returns_another_tree():
+def test_an_outer_that_returns_another_tree_is_refused():
     message = (
         "`outer` must return updates with the tree that it is given, got "
         "PyTreeDef({'w': *}) where PyTreeDef({'b': *, 'w': *}) was given. "
@@ -294,7 +294,7 @@ def test_an_outer_that_returns_another_tree():
         update_with(constant({"w": PARAMS["w"]}))
 
 
-def test_an_outer_that_returns_other_shapes():
+def test_an_outer_that_returns_other_shapes_is_refused():
     message = (
         "`outer` must return updates with the shapes that it is given, got () where "
         "['b'] has (3,). Keep the shapes."
@@ -303,7 +303,7 @@ def test_an_outer_that_returns_other_shapes():
         update_with(constant(PARAMS | {"b": jnp.ones(())}))
 
 
-def test_an_outer_that_returns_another_state():
+def test_an_outer_that_returns_another_state_is_refused():
     message = (
         "`outer` must return a state with the tree that it is given, got "
         "PyTreeDef({'m': *, 'n': *}) where PyTreeDef({'m': *}) was given. "
@@ -313,7 +313,7 @@ def test_an_outer_that_returns_another_state():
         update_with(constant(PARAMS, lambda state: state | {"n": jnp.zeros(3)}))
 
 
-def test_an_outer_that_returns_a_state_of_other_shapes():
+def test_an_outer_that_returns_a_state_of_other_shapes_is_refused():
     message = (
         "`outer` must return a state with the shapes that it is given, got (2, 3) "
         "where ['m'] has (3,). Keep the shapes."
@@ -322,18 +322,18 @@ def test_an_outer_that_returns_a_state_of_other_shapes():
         update_with(constant(PARAMS, lambda state: {"m": jnp.zeros((2, 3))}))
 
 
-def test_an_extra_argument_that_hides_what_the_outer_optimizer_is_told():
+def test_an_extra_argument_named_inner_step_is_refused_by_outer_loop():
     tx = outer_loop(optax.sgd(0.1), optax.sgd(0.5), 2)
     message = (
         "`inner_step` must not be an extra argument of `update`, got 1.0: "
-        "`outer_loop` tells the outer optimizer about the inner step by this name. "
+        "under this name `outer_loop` passes an `InnerStep` to the outer optimizer. "
         "Rename the argument."
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         tx.update(PARAMS, tx.init(PARAMS), PARAMS, inner_step=1.0)
 
 
-def test_an_extra_argument_named_inner_step_is_nothing_special_to_lookahead():
+def test_an_extra_argument_named_inner_step_is_allowed_in_lookahead():
     TX.update(PARAMS, STATE, PARAMS, inner_step=1.0)
 
 
@@ -348,7 +348,7 @@ def test_outer_loop_refuses_interpolate():
 
 
 @pytest.mark.parametrize("inner_state", ["pullback", "Reset", "", None, True, ["keep"]])
-def test_an_unknown_inner_state(inner_state):
+def test_an_unknown_inner_state_is_refused(inner_state):
     message = (
         f"`inner_state` must be 'keep', 'reset' or 'interpolate', got {inner_state!r}. "
         "Write one of these, or a function `(state, fresh) -> state`."
@@ -360,7 +360,7 @@ def test_an_unknown_inner_state(inner_state):
 
 
 @pytest.mark.parametrize("slow_dtype", [jnp.int32, bool, "f32x", 32, "complex64"])
-def test_a_slow_dtype_that_is_not_floating(slow_dtype):
+def test_a_slow_dtype_that_is_not_floating_is_refused(slow_dtype):
     message = (
         f"`slow_dtype` must be a floating dtype or None, got {slow_dtype!r}. "
         "Write for example `slow_dtype='float32'`."
@@ -383,7 +383,7 @@ def test_an_accumulator_dtype_is_checked_as_a_slow_dtype_is(make):
 
 
 @pytest.mark.parametrize("slow_dtype", ["float64", jnp.float64, np.dtype("float64")])
-def test_a_slow_dtype_that_is_not_turned_on(slow_dtype):
+def test_a_slow_dtype_that_jax_has_not_enabled_is_refused(slow_dtype):
     message = (
         "`slow_dtype` must be a dtype that JAX has enabled, got float64. "
         "Set `jax.config.update('jax_enable_x64', True)` or write 'float32'."
@@ -402,7 +402,7 @@ def test_a_slow_dtype_that_is_not_turned_on(slow_dtype):
         ("bfloat16", "complex64"),
     ],
 )
-def test_a_slow_dtype_that_is_narrower_than_a_parameter(slow_dtype, dtype):
+def test_a_slow_dtype_that_is_narrower_than_a_parameter_is_refused(slow_dtype, dtype):
     params = {"w": jnp.ones(2, dtype), "n": jnp.ones(2, int)}
     message = (
         "`slow_dtype` must be at least as wide as every parameter, got "
@@ -521,7 +521,7 @@ def test_a_leaf_that_init_never_saw_is_named_unless_a_mask_leaves_it_out():
         set_slow_params(state, nested)
 
 
-def test_slow_weights_set_in_a_state_without_a_lookahead_or_with_other_shapes():
+def test_set_slow_params_refuses_a_state_without_a_lookahead_and_other_shapes():
     with pytest.raises(ValueError, match="`opt_state` must hold the state of a look"):
         set_slow_params(optax.adam(0.1).init(PARAMS), PARAMS)
     with pytest.raises(ValueError, match=r"got shape \(5,\) at \['w'\], where"):
