@@ -16,9 +16,10 @@ STEPS, K = 1000, 5
 ALPHAS = np.linspace(0.01, 1, 100)  # the last one is SGD
 RISKS = np.geomspace(0.05, 8, 60)  # steady-state, above the optimum
 TIE = 1e-6  # losses whose relative difference is less count as equal
+COORDINATES = 100
 SPECTRA = {
-    "100 curvatures from 0.01 to 1": np.geomspace(0.01, 1, 100),
-    "100 coordinates of curvature 0.1": np.full(100, 0.1),
+    "100 curvatures from 0.01 to 1": np.geomspace(0.01, 1, COORDINATES),
+    "100 coordinates of curvature 0.1": np.full(COORDINATES, 0.1),
 }
 
 
@@ -91,8 +92,7 @@ def arguments(curvature, rate, alpha, seed):
 def compile_run(args: argparse.Namespace):
     """Returns the program of a run, one for all spectra: they have the same size."""
     run = make_run(METHODS["Lookahead"].make, chains_of(args), STEPS)
-    (curvature, *_) = SPECTRA.values()
-    positional, setting = arguments(curvature, 0.1, 0.5, 0)
+    positional, setting = arguments(np.ones(COORDINATES), 0.1, 0.5, 0)
     return run.lower(*positional, **setting).compile()
 
 

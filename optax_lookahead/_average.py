@@ -29,14 +29,16 @@ def average_replicas(
     With one replica it changes nothing.
 
     A replica is broken if an element of its fast weights is not finite where its slow
-    weight is. The mean leaves out all parameters of that replica. Its own chain is
+    weight is. The mean leaves out all parameters of that replica (of several loops, as
+    under `optax.partition`, each decides for its own parameters). Its own chain is
     given the healthy replicas' pseudo-gradient too, so that its state and slow weights
     stay equal to the others', except for slow weights of the broken elements, which do
     not change. Where no replica is healthy the pseudo-gradients are 0: momentum and
     decay may still move the slow weights, which stay finite. All devices of a replica
     decide together whether it is broken under `jax.vmap` with `spmd_axis_name`, and
     where `jax.shard_map` leaves the axes within a replica automatic. Where these axes
-    are manual too, each device decides for its own shard.
+    are manual too, each device decides for its own shard. With a `slow_dtype`, a
+    parameter that breaks in the step that syncs returns to its slow weight.
 
     All replicas must sync in the same step: `steps_since_sync` must be one number for
     all of them, as with the axes of `replica_axes`. Under `jax.shard_map` with

@@ -63,6 +63,25 @@ def check_coefficient(name: str, value: Any, interval: str, remedy: str) -> None
         raise ValueError(message)
 
 
+def checked_schedule(name: str, value: Any) -> Any:
+    """Returns the value; a schedule raises unless it returns a scalar."""
+    if not callable(value):
+        return value
+
+    def schedule(count: Any) -> Any:
+        now = value(count)
+        shape = getattr(now, "shape", ())
+        if (isinstance(now, int | float) or hasattr(now, "dtype")) and not shape:
+            return now
+        got = f"shape {shape}" if shape else repr(now)
+        raise ValueError(
+            f"`{name}` must be a number or a schedule that returns one, got a function "
+            f"that returns {got}. Return a scalar."
+        )
+
+    return schedule
+
+
 def check_delay(delay: Any) -> None:
     """Raises unless `delay` is a whole number of steps, and static."""
     value = _static_scalar("delay", delay)
@@ -413,6 +432,12 @@ def _static_scalar(name: str, value: Any) -> Any:
             f"To try several values at once, `jax.vmap` over `{name}`."
         )
     if isinstance(value, jax.Array):
+        kinds = jnp.bool_, jnp.complexfloating
+        if any(jnp.issubdtype(value.dtype, kind) for kind in kinds):
+            raise TypeError(
+                f"`{name}` must be a real number, got an array of dtype {value.dtype}. "
+                "Write an integer or a float."
+            )
         return _NOT_STATIC
     # NumPy's scalars are static too, and `numpy.bool` is not a `bool`.
     return value.item() if hasattr(value, "item") else value

@@ -16,6 +16,7 @@ from ._checks import (
     check_slow_memory_kind,
     check_transformation,
     check_update,
+    checked_schedule,
 )
 from ._slow_memory import SlowMemoryKind, memory as slow_memory
 from ._slow_step import init_outer, outer_step, split_args
@@ -42,6 +43,7 @@ def cycles(
     """Returns `lookahead` with `alpha`, or `outer_loop` with `outer`."""
     check_transformation("inner", inner, "lookahead(optax.adam(1e-3))")
     check_k(k)
+    alpha = checked_schedule("alpha", alpha)
     slow_dtype = check_dtype("slow_dtype", slow_dtype)
     check_slow_memory_kind(slow_memory_kind)
     memory = slow_memory(slow_memory_kind)

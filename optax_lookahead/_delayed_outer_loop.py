@@ -18,6 +18,7 @@ from ._checks import (
     check_same_dtypes,
     check_same_tree,
     check_transformation,
+    describe_state,
 )
 from ._slow_step import hide_discrete, init_outer
 from ._slow_weights import is_intact
@@ -31,7 +32,8 @@ class DelayedOuterState(NamedTuple):
 
     Attributes:
       slow_params: The global copy phi, with the tree, shapes and dtypes of the
-        parameters of one replica: the weights to evaluate and to save.
+        parameters of one replica: the weights to evaluate and to save. Leaves that are
+        neither floating nor complex keep the values that `init` was given.
       outer_state: State of the outer optimizer.
     """
 
@@ -104,13 +106,15 @@ def delayed_outer_loop(
       metrics; the arrays in `batches` have the k steps on their first axis.
 
     Raises:
-      TypeError: If `outer` is not a gradient transformation, `axis_name` neither a
-        string nor a tuple of strings, `delay` not a Python integer or a static `mix`
-        not a number. `init` raises it if a leaf is not an array.
+      TypeError: If `train_step` is not a function, `outer` not a gradient
+        transformation, `axis_name` neither a string nor a tuple of strings, `delay` not
+        a Python integer or a static `mix` not a number. `init` raises it if a leaf is
+        not an array, `cycle` if `outer_state` is not a `DelayedOuterState`.
       ValueError: If `delay` is negative or a static `mix` outside [0, 1]. `cycle`
         raises it if no such axis is mapped, if the batches do not all have k steps, if
-        `delay` is larger than k, if `params` are unlike those that `init` saw, or if
-        `outer` returns updates of another tree or other shapes.
+        `delay` is larger than k, if `params` are unlike those that `init` saw, if
+        `train_step` does not return three trees, or if `outer` returns updates of
+        another tree or other shapes.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
@@ -140,6 +144,11 @@ def delayed_outer_loop(
       `mix` is alpha. torchft,
       [`local_sgd.py`](https://github.com/meta-pytorch/torchft).
     """
+    if not callable(train_step):
+        raise TypeError(
+            "`train_step` must be a function `(params, state, batch) -> (params, "
+            f"state, metrics)`, got {train_step!r}. Call the inner optimizer in it."
+        )
     check_transformation("outer", outer, "optax.sgd(0.7, momentum=0.9, nesterov=True)")
     check_axis(axis_name, "delayed_outer_loop(train_step, outer, 'replica', ...)")
     check_delay(delay)
@@ -151,14 +160,26 @@ def delayed_outer_loop(
         return DelayedOuterState(slow_params, init_outer(outer, slow_params))
 
     def body(carry: Any, batch: Any) -> tuple[Any, Any]:
-        params, state, metrics = train_step(carry[0], carry[1], batch)
-        return (params, state), metrics
+        result = train_step(carry[0], carry[1], batch)
+        if not isinstance(result, tuple) or len(result) != 3:
+            raise ValueError(
+                "`train_step` must return a tuple (params, state, metrics), got "
+                f"{jax.tree.map(jnp.shape, result)}. Return None if there are no "
+                "metrics."
+            )
+        return result[:2], result[2]
 
     def cycle(
         params: Any, state: Any, outer_state: DelayedOuterState, batches: Any
     ) -> tuple[Any, Any, DelayedOuterState, Any]:
         replicas = count_replicas(axis_name, "cycle")
         start = check_batches(batches, delay) - delay
+        if not isinstance(outer_state, DelayedOuterState):
+            raise TypeError(
+                "`outer_state` must be a `DelayedOuterState`, got a "
+                f"{describe_state(outer_state)}. Pass what `init` or the last `cycle` "
+                "returned."
+            )
         phi, opt_state = outer_state
         check_same_tree(params, phi)
         check_same_dtypes(params, phi)

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import optax
 
-from ._checks import check_coefficient
+from ._checks import check_coefficient, checked_schedule
 from ._extrapolation import extrapolation
 
 
@@ -29,14 +29,17 @@ def ema_nesterov(
     `inner(y_t) + beta_{t+1} * m_{t+1}`. If the inner optimizer returns the same update
     in every step, theta moves 1 / (1 - beta) times as far. If the parameters are
     changed outside the optimizer, theta changes with them. A NaN stays in m: if
-    gradients may be NaN, put `optax.apply_if_finite` around the chain.
+    gradients may be NaN, put `optax.apply_if_finite` around the chain, and
+    `optax.MultiSteps` too: inside, each micro-step would be averaged.
 
     Args:
       beta: How far ahead the gradient is taken, in units of m, at least 0. At 0 the
         steps are those of the inner optimizer, and m is still updated; from 1 on the
         steps can grow without bound. Also a float scalar array or tracer, whose value
         is not checked, or a schedule: a function from the step number t (int32 scalar,
-        from 0) to that value, such as one that is 0 in warm-up and at the end.
+        from 0) to that value, such as one that is 0 in warm-up and at the end. With
+        `optax.inject_hyperparams(ema_nesterov)` add `static_args=("beta", "gamma")`:
+        otherwise a schedule of beta acts one step late.
       gamma: Decay of the average per step, in [0, 1). Also an array or a schedule, like
         beta.
       accumulator_dtype: Floating dtype of m; None for that of the parameters. With
@@ -81,6 +84,8 @@ def ema_nesterov(
     check_coefficient("beta", beta, "[0, inf)", remedy)
     remedy = "the decay of the average per step, for example `gamma=0.99`"
     check_coefficient("gamma", gamma, "[0, 1)", remedy)
+    beta = checked_schedule("beta", beta)
+    gamma = checked_schedule("gamma", gamma)
     return extrapolation(_new_direction, _step, gamma, beta, accumulator_dtype)
 
 

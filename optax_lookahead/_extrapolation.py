@@ -12,7 +12,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ._checks import check_dtype
+from ._checks import (
+    check_dtype,
+    check_init,
+    check_unstacked,
+    describe_path,
+    describe_state,
+)
 from ._state import common_dtype, copy, is_inexact
 
 
@@ -60,6 +66,8 @@ def extrapolation(
         return jnp.array(now, dtype=jnp.result_type(float), copy=True)
 
     def init_fn(params: optax.Params) -> ExtrapolationState:
+        check_init(params, None)
+
         def zeros(p: Any) -> Any:
             if not is_inexact(p):
                 return optax.MaskedNode()
@@ -73,6 +81,7 @@ def extrapolation(
         updates: optax.Updates, state: ExtrapolationState, params: Any = None
     ) -> tuple[optax.Updates, ExtrapolationState]:
         del params
+        _check_update(updates, state)
         count = optax.safe_increment(state.step_count)
         # The next gradient is taken at the new parameters, in the next step.
         new_coefficient = at(coefficient, count)
@@ -104,6 +113,26 @@ def extrapolation(
         init_fn,
         update_fn,  # pyright: ignore[reportArgumentType]
     )
+
+
+def _check_update(updates: Any, state: Any) -> None:
+    """Raises unless `state` is one state, of updates with these shapes."""
+    if not isinstance(state, ExtrapolationState):
+        raise TypeError(
+            "`state` must be an `ExtrapolationState` of `optax_lookahead`, got a "
+            f"{describe_state(state)}. Pass what `init` or `update` of this "
+            "transformation returned."
+        )
+    check_unstacked(state.coefficient, "coefficient")
+    by_path = dict(jax.tree.leaves_with_path(updates))
+    for path, d in jax.tree.leaves_with_path(state.direction):
+        got = jnp.shape(by_path.get(path, d))  # an update of None is no leaf
+        if got != jnp.shape(d):
+            raise ValueError(
+                "`updates` must have the shapes of the parameters that `init` saw, got "
+                f"{got} at {describe_path(path)}, where the state has {jnp.shape(d)}. "
+                "Pass the gradients of these parameters."
+            )
 
 
 def evaluation_point(y: Any, coefficient: Any, d: Any) -> Any:

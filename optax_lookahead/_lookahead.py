@@ -101,8 +101,9 @@ def lookahead(
         sync: None for that of the parameters, or `"pinned_host"` for that of the
         devices' host, with the same shardings. The first step of a cycle and the one
         that syncs copy them to the device and back, an array at a time; other steps do
-        not. A `jax.jit` that donates needs `in_shardings` and `out_shardings` for
-        parameters and state, since these name the memories. A `jax.vmap` over `k` or
+        not. Random keys among the parameters stay on the device. A `jax.jit` that
+        donates needs `in_shardings` and `out_shardings` for parameters and state,
+        since these name the memories. A `jax.vmap` over `k` or
         over counters is refused, and `update` has no reverse-mode derivative.
 
     Returns:

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import optax
 
-from ._checks import check_coefficient
+from ._checks import check_coefficient, checked_schedule
 from ._extrapolation import extrapolation
 
 
@@ -32,7 +32,8 @@ def primal_averaging(
     is Nesterov momentum `mu_x` at 1 - mu_x times the learning rate. Weight decay in
     `inner` is computed from y. If the parameters are changed outside the optimizer, x
     and z change with them. A NaN stays in d: if gradients may be NaN, put
-    `optax.apply_if_finite` around the chain.
+    `optax.apply_if_finite` around the chain, and `optax.MultiSteps` too: inside, each
+    micro-step would be averaged.
 
     Args:
       mu_x: Decay of the average per step, in [0, 1). At 0 this is the inner optimizer.
@@ -40,7 +41,8 @@ def primal_averaging(
         tracer, whose value is not checked, or a schedule: a function from the step
         number t (int32 scalar, from 0) to that value.
       mu_y: Where the gradient is taken, in [0, 1], from 0 at z to 1 at x. Also an array
-        or a schedule, like mu_x.
+        or a schedule, like mu_x. With `optax.inject_hyperparams(primal_averaging)` add
+        `static_args=("mu_x", "mu_y")`: otherwise a schedule of mu_y acts one step late.
       accumulator_dtype: Floating dtype of d; None for that of the parameters. With
         bfloat16 parameters `"float32"` keeps the bits that a decay near 1 needs.
 
@@ -84,6 +86,8 @@ def primal_averaging(
     check_coefficient("mu_x", mu_x, "[0, 1)", remedy)
     remedy = "where to take the gradient, for example `mu_y=0.7`"
     check_coefficient("mu_y", mu_y, "[0, 1]", remedy)
+    mu_x = checked_schedule("mu_x", mu_x)
+    mu_y = checked_schedule("mu_y", mu_y)
     coefficient = (lambda t: 1 - mu_y(t)) if callable(mu_y) else 1 - mu_y
     return extrapolation(_new_direction, _step, mu_x, coefficient, accumulator_dtype)
 

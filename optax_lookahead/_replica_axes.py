@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import optax
 
+from ._checks import describe_state
 from ._state import LookaheadState
 
 # Fields that decide when a lookahead syncs, or whether a wrapper around it steps, which
@@ -19,6 +20,7 @@ _SHARED_FIELDS = {
         "hyperparams_states",
     ),
     optax.MultiStepsState: ("mini_step", "gradient_step"),
+    optax.contrib.SAMState: ("steps_since_sync",),
 }
 
 
@@ -31,7 +33,8 @@ def replica_axes(opt_state: optax.OptState) -> Any:
     fields of wrappers around it that decide whether it steps, such as the counters of
     `optax.MultiSteps` and the hyperparameters of `optax.inject_hyperparams`. Each
     replica has its own state of a wrapper inside the inner or the outer optimizer,
-    unless there is a lookahead in it too.
+    unless there is a lookahead in it too. For a wrapper that is not Optax's, replace
+    the axis of such a field by None.
 
     Args:
       opt_state: State of the optimizer of one replica, from its `init`, or its shapes,
@@ -75,7 +78,7 @@ def replica_axes(opt_state: optax.OptState) -> Any:
     if not holds_lookahead(opt_state):
         raise ValueError(
             "`opt_state` must hold the state of a lookahead, got a "
-            f"{type(opt_state).__name__} without one. Pass what the whole optimizer's "
+            f"{describe_state(opt_state)} without one. Pass what the whole optimizer's "
             "`init` returned."
         )
 

@@ -41,6 +41,9 @@ def memory(kind: SlowMemoryKind | None) -> Memory:
 
 def to_host(x: Any) -> Any:
     """Returns the array, or the `ShapeDtypeStruct`, in the memory of the host."""
+    if jnp.issubdtype(x.dtype, jax.dtypes.extended):
+        # A random key: outside of `jit`, JAX does not say in which memory it is.
+        return x
     if not isinstance(x, jax.ShapeDtypeStruct):
         return x if _is_on_host(x) else jax.device_put(x, jax.memory.Space.Host)
     if x.sharding is None:  # which would have the kind of memory

@@ -279,7 +279,7 @@ def test_the_gradient_by_its_coefficients_is_that_of_finite_differences(name, x6
 
 @both
 def test_the_weights_are_read_with_the_injected_coefficient_that_was_used(name):
-    names = {"EMA-Nesterov": ("beta", "gamma"), "GPA": ("mu_x", "mu_y")}[name]
+    names = NAMES[name]
     inject = optax.inject_hyperparams(MAKERS[name])
     tx = optax.chain(
         optax.sgd(0.1), inject(**dict(zip(names, COEFFICIENTS[name], strict=True)))
@@ -490,6 +490,64 @@ def test_a_stack_of_states_and_other_parameters_are_refused(name):
         slow_params(state, {"w": PARAMS["w"]})
     with pytest.raises(ValueError, match="`params` must hold only parameters that"):
         slow_params(state, PARAMS | {"more": jnp.ones(2)})
+
+
+@both
+def test_a_state_or_an_update_of_another_kind_is_refused(name):
+    tx = of(name)
+    state = tx.init(PARAMS)
+    with pytest.raises(TypeError, match="`state` must be an `ExtrapolationState`"):
+        tx.update(PARAMS, optax.sgd(0.1, 0.9).init(PARAMS))
+    stack = jax.tree.map(lambda x: jnp.stack([x, x]), state)
+    with pytest.raises(ValueError, match=r"`coefficient` must be a scalar, got shape"):
+        tx.update(PARAMS, stack)
+    wrong = jax.tree.map(lambda p: jnp.ones((7, *p.shape), p.dtype), PARAMS)
+    with pytest.raises(ValueError, match=r"`updates` must have the shapes .* got \(7"):
+        tx.update(wrong, state)
+    with pytest.raises(TypeError, match="`params` must be a tree of arrays, got 'w'"):
+        tx.init({"a": "w"})
+
+
+@both
+def test_multi_steps_around_the_chain_averages_optimizer_steps(name):
+    chain = optax.chain(optax.sgd(0.1), of(name))
+    tx = optax.MultiSteps(chain, 3).gradient_transformation()
+    expected, plain = trained(chain, PARAMS, steps=5)
+    params, state = trained(tx, PARAMS, 15, lambda p, t: quadratic(p, t // 3))
+    assert_close(params, expected)
+    assert_close(slow_params(state, params), slow_params(plain, expected))
+
+
+NAMES = {"EMA-Nesterov": ("beta", "gamma"), "GPA": ("mu_x", "mu_y")}
+
+
+@both
+def test_an_injected_schedule_in_static_args_is_the_schedule_itself(name):
+    names = NAMES[name]
+    schedules = {
+        each: lambda t, i=i: jnp.where((t >= 2) & (t < 4), 0.5 + 0.2 * i, 0.1)
+        for i, each in enumerate(names)
+    }
+    inject = optax.inject_hyperparams(MAKERS[name], static_args=names)
+    params, state = trained(optax.chain(optax.sgd(0.1), inject(**schedules)), PARAMS)
+    expected, plain = trained(
+        optax.chain(optax.sgd(0.1), MAKERS[name](**schedules)), PARAMS
+    )
+    assert_close(params, expected)
+    assert_close(slow_params(state, params), slow_params(plain, expected))
+
+
+@pytest.mark.parametrize("name", ["beta", "gamma", "mu_x", "mu_y"])
+def test_a_schedule_that_does_not_return_a_number_is_refused(name):
+    make, *_ = RANGES[name]
+    for result, shown in ((jnp.ones(2), "shape (2,)"), (None, "None"), ("x", "'x'")):
+        tx = make(**{name: lambda count, result=result: result})
+        message = (
+            f"`{name}` must be a number or a schedule that returns one, got a function "
+            f"that returns {shown}."
+        )
+        with pytest.raises(ValueError, match=re.escape(message)):
+            tx.update(PARAMS, tx.init(PARAMS))
 
 
 RANGES = {

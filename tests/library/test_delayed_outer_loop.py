@@ -511,7 +511,10 @@ def test_the_losses_come_back_in_the_order_of_the_steps():
 
 
 def make(**options):
-    arguments = {"train_step": None, "outer": NESTEROV, "axis_name": NAME}
+    def train_step(params, state, batch):
+        return params, state, None
+
+    arguments = {"train_step": train_step, "outer": NESTEROV, "axis_name": NAME}
     return delayed_outer_loop(**arguments | {"delay": 1, "mix": 0.5} | options)
 
 
@@ -524,6 +527,13 @@ def make(**options):
             "`outer` must be an Optax gradient transformation, got 0.7. Write for "
             "example `optax.sgd(0.7, momentum=0.9, nesterov=True)`.",
         ),
+        (
+            {"train_step": optax.adam(0.1)},
+            TypeError,
+            "`train_step` must be a function `(params, state, batch) -> (params, "
+            "state, metrics)`, got GradientTransformationExtraArgs(",
+        ),
+        ({"train_step": None}, TypeError, "`train_step` must be a function"),
         (
             {"axis_name": 0},
             TypeError,
@@ -602,6 +612,29 @@ def test_a_batch_without_an_axis_of_steps_is_refused():
     zeros = jnp.zeros(1)
     with pytest.raises(ValueError, match=re.escape("of every array, got shapes [()]")):
         by_vmap(cycle)(zeros, zeros, init(zeros[0]), zeros)
+
+
+@pytest.mark.parametrize("result", [2, 4, "list"])
+def test_a_train_step_that_does_not_return_three_trees_is_refused(result):
+    def train_step(params, state, batch):
+        trees = params, state, None, None
+        return list(trees[:3]) if result == "list" else trees[:result]
+
+    init, cycle = make(train_step=train_step)
+    zeros = jnp.zeros(1)
+    message = "`train_step` must return a tuple (params, state, metrics), got "
+    with pytest.raises(ValueError, match=re.escape(message)):
+        by_vmap(cycle)(zeros, zeros, init(zeros[0]), jnp.zeros((1, 3)))
+
+
+@pytest.mark.parametrize("wrong", ["outer", "lookahead"])
+def test_a_state_of_another_optimizer_is_refused_as_outer_state(wrong):
+    other = NESTEROV if wrong == "outer" else outer_loop(NESTEROV, NESTEROV, 2)
+    _, cycle = make()
+    zeros = jnp.zeros(1)
+    message = "`outer_state` must be a `DelayedOuterState`, got a "
+    with pytest.raises(TypeError, match=re.escape(message)):
+        by_vmap(cycle)(zeros, zeros, other.init(zeros[0]), jnp.zeros((1, 3)))
 
 
 def test_an_axis_that_is_not_mapped_is_refused():

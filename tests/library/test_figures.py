@@ -530,8 +530,8 @@ def first_page(r):
 
 
 def host_memory(r):
-    for row in r.rows("slow_memory"):
-        slice_, form, arguments, _, temporaries, loop, every, moved = row.values()
+    for row in r.rows("slow_memory", layers=10):
+        slice_, _, form, arguments, _, temporaries, loop, every, moved = row.values()
         yield cells(
             slice_,
             form,
@@ -541,6 +541,15 @@ def host_memory(r):
             str(every),
             f"{moved:.2f}",
         )
+    more = (
+        "{:.1f}".format(
+            r.row("slow_memory", form="lookahead on the host", **where)[column]
+            - r.row("slow_memory", form="Adam", **where)[column]
+        )
+        for column in ["temporaries, N"]
+        for where in ({"slice": "16x16", "layers": n} for n in (2, 4, 6, 8, 10, 12))
+    )
+    yield "2, 4, 6, 8, 10 and 12 layers {}, {}, {}, {}, {} and {} N".format(*more)
 
 
 def many_workers(r):
@@ -647,7 +656,8 @@ def test_the_page_says_what_the_files_say(page, claims):
 
 # What a row is found by, and the unit of some columns.
 KEPT = {
-    "batch", "case", "dtype", "form", "framework", "inner", "k", "leaves", "model", "n",
+    "batch", "case", "dtype", "form", "framework", "inner", "k", "layers", "leaves",
+    "model", "n",
     "parameters", "size", "slice", "task", "task, parameters", "v5e", "variant",
 }  # fmt: skip
 

@@ -423,6 +423,23 @@ def test_after_a_reset_every_optimizer_of_optax_is_as_initialised(name):
     assert same(state) == same(start)
 
 
+@pytest.mark.parametrize("name", ["prodigy", "dog", "dowg", "dadapt_adamw"])
+def test_a_reset_takes_parameters_of_two_dtypes(name):
+    # The scalars in these states have one dtype at `init` and another one afterwards.
+    params = {"w": jnp.ones(3), "b": jnp.ones(2, jnp.bfloat16)}
+    inner = getattr(optax.contrib, name)()
+    state = (tx := lookahead(inner, 2, inner_state="reset")).init(params)
+    for _ in range(2):
+        updates, state = tx.update(params, state, params)
+        params = optax.apply_updates(params, updates)
+    for got, fresh in zip(
+        jax.tree.leaves(state.fast_state),
+        jax.tree.leaves(inner.init(params)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(got, fresh.astype(got.dtype))
+
+
 # Their `init` asks for an array where `optax.tree.map_params` passes a placeholder.
 OPAQUE = {"backtracking_linesearch", "lbfgs"}
 OPAQUE_RULE = (

@@ -407,6 +407,20 @@ def test_weights_that_keep_their_norm_have_it_after_every_sync():
     assert np.all(params["b"][-1] < 1.0)  # vectors are not normalized
 
 
+def test_where_norms_are_kept_a_matrix_of_zeros_can_start_to_move():
+    tx, start = run_block("retraction")["tx"], {"w": jnp.zeros((2, 3))}
+
+    def gradient(params, step):  # none in the first cycle
+        return {"w": jnp.where(step < 30, 0.0, params["w"] - jnp.eye(2, 3))}
+
+    params, _ = scanned(tx, start, gradient, 90)
+    assert np.all(np.isfinite(params["w"]))
+    norms = jnp.linalg.norm(params["w"], axis=(1, 2))
+    assert norms[29] == 0.0
+    np.testing.assert_allclose(norms[89], norms[59], rtol=1e-3)
+    assert norms[89] > 0.1
+
+
 def test_the_average_of_the_last_slow_weights_has_less_noise(capsys):
     run_block("tail-average")
     printed = re.fullmatch(r"slow (.+)\naverage (.+)\n", capsys.readouterr().out)

@@ -83,6 +83,11 @@ CASES = {
         optax.conditionally_mask(averaged(), lambda step: step > 3),
         sorted(["step", *below("inner_state")]),
     ),
+    "SAM around": (
+        optax.contrib.sam(averaged(), ADAM),
+        sorted(["steps_since_sync", *below("opt_state")]),
+    ),
+    "SAM inside": (averaged(optax.contrib.sam(ADAM, ADAM)), COUNTERS),
     "one in another": (
         averaged(lookahead(ADAM, 3)),
         sorted([*COUNTERS, *below("fast_state")]),

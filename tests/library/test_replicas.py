@@ -21,7 +21,7 @@ import pytest
 from flax import nnx
 from helpers import transformer
 from helpers.meshes import make_mesh
-from helpers.pages import run_block
+from helpers.pages import labelled_blocks, run_block
 from helpers.rows import slow_but
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
@@ -118,6 +118,13 @@ ROWS = {
     "MultiSteps around": Row(
         lambda r: twice(averaged(ADAMW)),
         lambda r: twice(ADAMW),
+        lambda name, step: step % (2 * K) == 0,
+        2 * K + 1,
+    ),
+    # A step away from the parameters, and one back and on.
+    "SAM around": Row(
+        lambda r: optax.contrib.sam(averaged(ADAMW), optax.sgd(0.05)),
+        lambda r: optax.contrib.sam(ADAMW, optax.sgd(0.05)),
         lambda name, step: step % (2 * K) == 0,
         2 * K + 1,
     ),
@@ -660,6 +667,21 @@ def test_the_programs_on_the_page_are_muloco(label):
     if jax.__version_info__ >= (0, 7):  # JAX 0.6 gathers the parameters of a replica
         split = page["params"]["hidden"].sharding.shard_shape((R, 16, 16))
         assert split == (1, 8, 16), "a replica stays sharded"
+
+
+def test_with_multi_steps_inside_both_programs_on_the_page_agree():
+    losses = []
+    for label in ("many-workers-vmap", "many-workers-shard-map"):
+        source = labelled_blocks()[label].source
+        assert "optax.contrib.muon(0.02)" in source
+        source = source.replace("optax.contrib.muon(0.02)", "twice(optax.adamw(0.02))")
+        # What the page says that it needs on a mesh with automatic axes.
+        source = source.replace("axis_names=", "check_vma=False, axis_names=")
+        page = {"twice": twice}
+        exec(source, page)
+        losses.append(page["losses"])
+    assert losses[0][-1] < losses[0][0]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
 def test_the_outer_step_as_a_program_of_its_own_does_the_same():

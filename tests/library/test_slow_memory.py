@@ -449,6 +449,34 @@ def test_changing_the_state_by_other_means_leaves_them_there():
     tx.update(FLOATS, state, params)
 
 
+@pytest.mark.parametrize("outer", [None, NESTEROV], ids=["lookahead", "outer_loop"])
+@pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_random_keys_among_the_parameters_stay_on_the_device(outer, transform):
+    def make(**options):
+        if outer is None:
+            return lookahead(optax.sgd(0.1), 3, **options)
+        return outer_loop(optax.sgd(0.1), outer, 3, **options)
+
+    params = {"matrix": PARAMS["matrix"], "key": jax.random.key(0)}
+
+    def run(tx):
+        now, state = params, tx.init(params)
+        for step in range(4):
+            grads = {"matrix": now["matrix"] + step, "key": None}
+            updates, state = transform(tx.update)(grads, state, now)
+            now = now | {"matrix": now["matrix"] + updates["matrix"]}
+        return now, state
+
+    now, state = run(make(**ON_HOST))
+    assert memory_kinds(state.slow_params["matrix"]) == {"pinned_host"}
+    slow = slow_params(state, now)
+    assert slow["key"] == params["key"]
+    expected, other = run(make())
+    matrix = slow_params(other, expected)["matrix"]
+    np.testing.assert_allclose(slow["matrix"], matrix, rtol=2e-5)
+    np.testing.assert_allclose(now["matrix"], expected["matrix"], rtol=2e-5)
+
+
 @pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
 def test_a_stack_of_cycles_is_refused(transform):
     def run(k):

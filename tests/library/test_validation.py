@@ -109,6 +109,31 @@ def test_an_alpha_that_is_not_a_real_number_is_refused(alpha):
 
 
 @pytest.mark.parametrize("name", ["k", "alpha"])
+@pytest.mark.parametrize("dtype", ["bool", "complex64"])
+def test_an_array_k_or_alpha_that_is_not_a_real_number_is_refused(name, dtype):
+    message = f"`{name}` must be a real number, got an array of dtype {dtype}."
+    with pytest.raises(TypeError, match=re.escape(message)):
+        lookahead(optax.sgd(0.1), **{name: jnp.ones([], dtype)})
+    with pytest.raises(TypeError, match=re.escape(message)):
+        jax.jit(lambda x: lookahead(optax.sgd(0.1), **{name: x}).init(PARAMS))(
+            jnp.ones([], dtype)
+        )
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize("result", [jnp.zeros(2), None, "half"], ids=str)
+def test_an_alpha_schedule_that_does_not_return_a_number_is_refused(result, transform):
+    tx = lookahead(optax.sgd(0.1), 2, lambda count: result)
+    shown = "shape (2,)" if hasattr(result, "shape") else repr(result)
+    message = (
+        "`alpha` must be a number or a schedule that returns one, got a function that "
+        f"returns {shown}. Return a scalar."
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        transform(tx.update)(PARAMS, tx.init(PARAMS), PARAMS)
+
+
+@pytest.mark.parametrize("name", ["k", "alpha"])
 @pytest.mark.parametrize("array", [jnp.ones(2, int), np.ones(2, int)])
 def test_a_k_or_alpha_that_is_not_a_scalar_is_refused(name, array):
     message = (
