@@ -568,7 +568,7 @@ def found(r):
     )
     best, fixed, alone, coin = adaptive_alpha(r)
     yield f"Best test accuracy {best[:4]} %, fixed {fixed}, Adam alone {alone}."
-    yield f"a random choice of the two bounds also gave {coin[:4]} |"
+    yield f"a random choice of the two bounds gave {coin[:4]} |"
 
 
 def adaptive_alpha(r):
