@@ -90,8 +90,8 @@ def lookahead(
         and `slow_dtype="float32"` the slow weights keep the bits that small steps need:
         a cycle starts from the slow weight unless the parameter differs from it by more
         than one rounding error. Larger differences come from changes outside the
-        optimizer, or from a sync whose update is larger than the weight and no wider
-        than the parameter; float32 updates avoid the latter. The fast weights start
+        optimizer, or from a sync whose update exceeds the weight and has no wider
+        dtype; float32 updates avoid the latter. The fast weights start
         from the rounded slow weight and have the parameters' dtype: updates that are
         too small for it are lost, except for the last one of a cycle. With
         `optax.inject_hyperparams` write the dtype's name: it takes a type such as
@@ -177,7 +177,8 @@ def outer_loop(
     The slow weights stay finite as those of `lookahead` do. `outer` is given 0 for an
     element of the pseudo-gradient that is not finite, and its update is dropped there.
     If `outer` itself returns NaN or infinity, the slow weight stays and the parameter
-    takes that update. In everything else `outer_loop` is like `lookahead`.
+    takes that update, or with a `slow_dtype` returns to it. In everything else
+    `outer_loop` is like `lookahead`.
 
     Args:
       inner: The optimizer that takes the fast steps. Extra arguments of `update` are

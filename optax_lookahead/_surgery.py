@@ -34,7 +34,7 @@ def set_slow_params(opt_state: optax.OptState, params: optax.Params) -> Any:
     has to be done: there the slow weights are the parameters that the next update is
     given.
 
-    The counters do not change: the cycle of the other parameters continues, fragments
+    The counters do not change: the cycle of the other parameters continues, groups
     and replicas still sync at the same steps as each other, and the next sync of the
     given parameters covers only the steps from here on.
 
@@ -123,12 +123,12 @@ def with_inner_state(
 ) -> LookaheadState:
     """Puts a state of the inner optimizer into the state of a lookahead.
 
-    It works for every policy: under `inner_state="interpolate"` the state also holds
-    the moments of the last sync, for which it takes those in `inner_state`. In
-    mid-training, for example:
+    It works for every `inner_state`: under `"interpolate"` the state also holds the
+    moments of the last sync, for which it takes those in `inner_state`. For example,
+    in mid-training:
 
         state = with_inner_state(tx, tx.init(params), inner_state)     # lookahead on
-        state = with_inner_state(new_tx, state, state.fast_state)      # another policy
+        state = with_inner_state(new_tx, state, state.fast_state)      # another value
         state = with_inner_state(new_tx, state, new_inner.init(params))
 
     In the last line `new_tx` has another inner optimizer. Slow weights and counters do
@@ -143,7 +143,7 @@ def with_inner_state(
 
     Returns:
       A state of `tx`, which holds the arrays of `inner_state` and copies of its moments
-      where the policy needs them.
+      where `inner_state` needs them.
 
     Raises:
       TypeError: If `tx` is not a gradient transformation from `lookahead` or

@@ -194,9 +194,7 @@ def cost_for_users(r):
         f"+ {r.tpu_more(f, 'adam')} N, + {r.tpu_more(f, 'sgd')} N"
         for f in (OURS, NESTEROV)
     )
-    what = (
-        "HBM traffic of a step, Adam, SGD; on 4 chips as on 256, with as much on each"
-    )
+    what = "HBM traffic of a step, Adam, SGD; on 4 or 256 chips, for the same N"
     yield cells(what, *traffic)
 
     for label, task in (
@@ -243,7 +241,8 @@ def cost_for_users(r):
     yield (
         f"a step alone takes {policy(INTERPOLATE, 'adam')} and {policy(RESET, 'adam')} "
         "times Adam's. In whole training steps they take "
-        f"{r.training_range(INTERPOLATE)} and {r.training_range(RESET)} times"
+        f"{r.training_range(INTERPOLATE)} and {r.training_range(RESET)} times with "
+        "ResNet-18 and transformers"
     )
     yield (
         f"a second run of the inner optimizer differs by up to {r.again(REAL_MODELS)} "
@@ -549,7 +548,9 @@ def host_memory(r):
         for column in ["temporaries, N"]
         for where in ({"slice": "16x16", "layers": n} for n in (2, 4, 6, 8, 10, 12))
     )
-    yield "2, 4, 6, 8, 10 and 12 layers {}, {}, {}, {}, {} and {} N".format(*more)
+    yield (
+        "2, 4, 6, 8, 10 and 12 layers the option adds {}, {}, {}, {}, {} and {} N"
+    ).format(*more)
 
 
 def many_workers(r):

@@ -549,7 +549,13 @@ def test_the_readme_names_the_oldest_versions_that_are_supported():
     text = (ROOT / "README.md").read_text()
     least = dict(line.split(">=") for line in PROJECT["dependencies"])
     python = PROJECT["requires-python"].removeprefix(">=")
-    wanted = f"Python {python}, JAX {least['jax']} and Optax {least['optax']}, or newer"
+    examples = dict(
+        line.split(">=") for line in PROJECT["optional-dependencies"]["examples"]
+    )
+    wanted = (
+        f"Python {python}, JAX {least['jax']} and Optax {least['optax']}, or newer. "
+        f"Programs with Flax NNX need Flax {examples['flax']}."
+    )
     assert wanted in " ".join(text.split())
 
 
