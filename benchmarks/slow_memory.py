@@ -203,43 +203,26 @@ def count(slice_name: str, name: str, layers: int) -> dict[str, Any]:
     }
 
 
-def more_temporaries(rows: list[dict[str, Any]], slice_name: str) -> dict[str, list]:
-    """Returns for each form on the host how many more N it takes than the inner step.
-
-    One number for each model; N is the slow weights on a chip.
-    """
-    found = collections.defaultdict(list)
-    by_program = {(row["slice"], row["form"], row["layers"]): row for row in rows}
-    for (slice_, name, layers), row in by_program.items():
-        if slice_ == slice_name and is_claimed(name):
-            inner = by_program[slice_, FORMS[name].inner, layers]
-            more = row["temporaries, N"] - inner["temporaries, N"]
-            found[name].append(more / row["on the host, N"])
-    return found
-
-
-def is_claimed(name: str) -> bool:
-    return name.endswith("on the host") and "Nesterov" not in name
-
-
 def check_claim(rows: list[dict[str, Any]]) -> None:
     """Raises unless forms on the host hold no more HBM than the inner optimizer."""
     by_program = {(row["slice"], row["form"], row["layers"]): row for row in rows}
+    more = collections.defaultdict(list)
     for (slice_name, name, layers), row in by_program.items():
-        if not is_claimed(name):
+        if not name.endswith("on the host") or "Nesterov" in name:
             continue
+        where = f"{name}, {slice_name}"
         if row["in every step"] or not row["copies in a loop"]:
-            raise AssertionError(f"{name}, {slice_name}: copies {row}")
+            raise AssertionError(f"{where}: copies {row}")
         inner = by_program[slice_name, FORMS[name].inner, layers]
+        # In the smallest model on 256 chips the scalars are 0.01 N.
         if row["arguments, N"] - inner["arguments, N"] > 0.02:
-            raise AssertionError(
-                f"{name}, {slice_name}: arguments are more than the inner step's"
-            )
+            raise AssertionError(f"{where}: arguments are more than the inner step's")
+        added = row["temporaries, N"] - inner["temporaries, N"]
+        more[where].append(added / row["on the host, N"])
     # On 256 chips single models differ by tens of N in either direction.
-    for slice_name in {row["slice"] for row in rows}:
-        for name, more in more_temporaries(rows, slice_name).items():
-            if statistics.median(more) > 0.2:
-                raise AssertionError(f"{name}, {slice_name}: {more} N more temporaries")
+    for where, added in more.items():
+        if statistics.median(added) > 0.2:
+            raise AssertionError(f"{where}: {added} N more temporaries")
 
 
 def count_all(
